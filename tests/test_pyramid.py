@@ -1,0 +1,431 @@
+"""The pyramid: Eq. 1, the kinds of factor, what they draw, save, load and learn."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import FrozenInstanceError
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyramids import (
+    CHANNELS,
+    EXTRAS,
+    NORMS,
+    OUT,
+    assert_equal_maps,
+    literal_pyramid,
+    make_features,
+    make_pyramid,
+)
+from torch import nn
+from torchvision.ops import FeaturePyramidNetwork
+
+from alphafpn.pyramid import (
+    AlphaFeaturePyramidNetwork,
+    AttentionAlpha,
+    LearnableAlpha,
+    alpha_parameters,
+)
+
+FACTORS = (0.367, 0.387, 0.368)
+
+
+def make_alpha(alpha, **kwargs):
+    return make_pyramid(cls=AlphaFeaturePyramidNetwork, alpha=alpha, **kwargs)
+
+
+class Estimate(Sequence):
+    """As much of an estimate as a pyramid may rely on: a sequence of floats."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __getitem__(self, index):
+        return self.values[index]
+
+    def __len__(self):
+        return len(self.values)
+
+
+# Eq. 1
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    "alpha", [1, LearnableAlpha(), LearnableAlpha(shared=True), AttentionAlpha()]
+)
+def test_alpha_one_is_bitwise_the_parent(norm, extra, alpha):
+    stock = make_pyramid(norm, extra)
+    ours = make_alpha(alpha, norm=norm, extra=extra)
+    assert_equal_maps(ours(make_features()), stock(make_features()))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    data=st.data(),
+    levels=st.integers(1, 4),
+    size=st.integers(1, 41),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_equals_the_literal_equation(data, levels, size, dtype):
+    number = st.floats(-2, 2, width=16)
+    alpha = data.draw(st.lists(number, min_size=levels - 1, max_size=levels - 1))
+    fpn = make_alpha(alpha, levels=levels).to(dtype)
+    x = OrderedDict((name, c.to(dtype)) for name, c in make_features(levels, size).items())
+    found = list(fpn(x).values())
+    for p, expected in zip(found, literal_pyramid(fpn, fpn.alpha.tolist(), x), strict=True):
+        assert p.dtype == dtype
+        assert torch.equal(p, expected)
+
+
+def test_factors_are_ordered_finest_edge_first():
+    stock, x = make_pyramid(), make_features()
+    with torch.no_grad():
+        for edge in range(3):
+            alpha = [1.0, 1.0, 1.0]
+            alpha[edge] = 0.5
+            found, expected = make_alpha(alpha)(x), stock(x)
+            changed = [not torch.equal(found[name], expected[name]) for name in x]
+            assert changed == [level <= edge for level in range(4)]
+
+
+def test_gradients_are_those_of_eq_3_by_hand():
+    # One channel; inner weights u, layer weights v in the centre of the kernel, loss sum(g_i P_i).
+    # A finer P_j reaches C_i through alpha_{i-1} ... alpha_j, from 4^(i-j) pixels for each of C_i.
+    u, v, g, a = (2.0, 3.0, 5.0), (7.0, 11.0, 13.0), (1.0, 10.0, 100.0), (0.5, 0.25)
+    fpn = AlphaFeaturePyramidNetwork([1, 1, 1], 1, alpha=LearnableAlpha(a))
+    with torch.no_grad():
+        for level in range(3):
+            fpn.inner_blocks[level][0].weight.fill_(u[level])
+            fpn.layer_blocks[level][0].weight.zero_()[0, 0, 1, 1] = v[level]
+    sizes = (8, 4, 2)
+    x = OrderedDict(
+        (str(i), torch.ones(1, 1, s, s, requires_grad=True)) for i, s in enumerate(sizes)
+    )
+    sum(g[i] * p.sum() for i, p in enumerate(fpn(x).values())).backward()
+    expected = (
+        u[0] * v[0] * g[0],
+        u[1] * (v[1] * g[1] + a[0] * v[0] * 4 * g[0]),
+        u[2] * (v[2] * g[2] + a[1] * (v[1] * 4 * g[1] + a[0] * v[0] * 16 * g[0])),
+    )
+    for c, value in zip(x.values(), expected, strict=True):
+        torch.testing.assert_close(c.grad, torch.full_like(c, value))
+    p1 = u[1] + a[1] * u[2]
+    d_a0 = v[0] * g[0] * 64 * p1
+    d_a1 = u[2] * (v[1] * g[1] * 16 + v[0] * g[0] * 64 * a[0])
+    torch.testing.assert_close(fpn.alpha.grad, torch.tensor([d_a0, d_a1]))
+
+
+@pytest.mark.parametrize("alpha", [LearnableAlpha(FACTORS), AttentionAlpha(FACTORS, reduction=1)])
+def test_gradients_of_factors_are_right_to_finite_differences(alpha):
+    fpn = make_alpha(alpha).double()
+    features = [c.double().requires_grad_() for c in make_features(size=8, images=1).values()]
+    parameters = alpha_parameters(fpn)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.1)
+
+    def finest(*inputs):
+        return fpn(OrderedDict(zip("0123", inputs[:4], strict=True)))["0"][..., ::5]
+
+    assert torch.autograd.gradcheck(finest, (*features, *parameters), fast_mode=True)
+
+
+# The kinds
+
+
+@pytest.mark.parametrize(
+    "alpha",
+    [
+        list(FACTORS),
+        FACTORS,
+        Estimate(FACTORS),
+        np.array(FACTORS),
+        torch.tensor(FACTORS),
+        list(torch.tensor(FACTORS)),
+    ],
+    ids=lambda alpha: type(alpha).__name__,
+)
+def test_factors_may_be_any_sequence(alpha):
+    expected = torch.tensor(FACTORS)
+    assert torch.equal(make_alpha(alpha).alpha, expected)
+    assert torch.equal(make_alpha(LearnableAlpha(alpha)).alpha, expected)
+    gates = make_alpha(AttentionAlpha(alpha)).gates
+    assert torch.equal(torch.stack([gate.init for gate in gates]), expected)
+
+
+@pytest.mark.parametrize("alpha", [2, 0.5, np.float32(0.5), torch.tensor(0.5), True])
+def test_one_number_serves_all_edges(alpha):
+    assert make_alpha(alpha).alpha.tolist() == [float(alpha)] * 3
+
+
+def test_fixed_factors_are_a_saved_buffer():
+    fpn = make_alpha(FACTORS)
+    assert dict(fpn.named_buffers()).keys() == {"alpha"}
+    assert fpn.alpha.shape == (3,)
+    assert torch.equal(fpn.state_dict()["alpha"], torch.tensor(FACTORS))
+    assert alpha_parameters(fpn) == []
+
+
+@pytest.mark.parametrize(("shared", "shape"), [(False, (3,)), (True, (1,))])
+def test_learnable_factors_are_a_parameter_that_starts_at_init(shared, shape):
+    fpn = make_alpha(LearnableAlpha(0.3, shared))
+    assert fpn.alpha.shape == shape
+    assert alpha_parameters(fpn) == [fpn.alpha]
+    assert_equal_maps(fpn(make_features()), make_alpha(0.3)(make_features()))
+
+
+def test_a_shared_factor_gets_the_sum_of_the_gradients():
+    shared, three = (make_alpha(LearnableAlpha(0.3, flag)) for flag in (True, False))
+    for fpn in (shared, three):
+        sum(p.square().sum() for p in fpn(make_features()).values()).backward()
+    assert (three.alpha.grad != 0).all()
+    torch.testing.assert_close(shared.alpha.grad, three.alpha.grad.sum()[None])
+
+
+def test_equal_values_may_be_shared():
+    assert make_alpha(LearnableAlpha([0.3, 0.3, 0.3], shared=True)).alpha.shape == (1,)
+
+
+def test_learnable_factors_learn():
+    fpn, target = make_alpha(LearnableAlpha()), make_alpha(FACTORS)
+    x = make_features()
+    expected = {name: p.detach() for name, p in target(x).items()}
+    optimizer = torch.optim.LBFGS(
+        alpha_parameters(fpn), max_iter=100, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sum((p - expected[name]).square().sum() for name, p in fpn(x).items())
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    torch.testing.assert_close(fpn.alpha.detach(), target.alpha, atol=1e-3, rtol=0)
+
+
+def test_attention_starts_exactly_at_init_and_then_depends_on_the_image():
+    fpn, x = make_alpha(AttentionAlpha(FACTORS, reduction=1)), make_features()
+    seen = {}
+    for i, gate in enumerate(fpn.gates):
+        gate.register_forward_hook(
+            lambda gate, args, factor, i=i: seen.update({i: factor.flatten()})
+        )
+    assert_equal_maps(fpn(x), make_alpha(FACTORS)(x))
+    assert [seen[i].tolist() for i in range(3)] == [[f, f] for f in torch.tensor(FACTORS).tolist()]
+    parameters = alpha_parameters(fpn)
+    assert len(parameters) == 3 * 4
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(p.square().mean() for p in fpn(x).values()).backward()
+        optimizer.step()
+    assert all(parameter.grad.any() for parameter in parameters)
+    fpn(x)
+    for i in range(3):
+        assert seen[i][0] != seen[i][1]
+        assert (seen[i] > 0).all()
+        assert (seen[i] < 2 * FACTORS[i]).all()
+
+
+def test_one_images_attention_ignores_the_others():
+    fpn, x = make_alpha(AttentionAlpha(FACTORS)), make_features(images=3)
+    with torch.no_grad():
+        for gate in fpn.gates:
+            gate.excite.weight.fill_(1.0)
+        alone = fpn(OrderedDict((name, c[1:2]) for name, c in x.items()))
+        together = fpn(x)
+    for name, p in alone.items():
+        torch.testing.assert_close(p, together[name][1:2])
+
+
+def test_hidden_units_follow_the_reduction():
+    fpn = AlphaFeaturePyramidNetwork([8, 8], 32, alpha=AttentionAlpha(reduction=4))
+    assert fpn.gates[0].squeeze.weight.shape == (8, 32)
+    assert make_alpha(AttentionAlpha(reduction=100)).gates[0].squeeze.weight.shape == (1, OUT)
+
+
+@pytest.mark.parametrize(
+    "alpha", [0.5, LearnableAlpha(), LearnableAlpha(shared=True), AttentionAlpha()]
+)
+def test_one_level_has_no_factor(alpha):
+    fpn, stock = make_alpha(alpha, levels=1), make_pyramid(levels=1)
+    assert_equal_maps(fpn(make_features(1)), stock(make_features(1)))
+    # DDP waits for the gradient of every parameter that wants one.
+    assert all(not parameter.requires_grad for parameter in alpha_parameters(fpn))
+    assert "alpha=[]" in repr(fpn)
+
+
+def test_descriptions_are_frozen():
+    for description in (LearnableAlpha(), AttentionAlpha()):
+        with pytest.raises(FrozenInstanceError):
+            description.init = 2.0
+
+
+def test_pyramids_share_no_factors():
+    description = LearnableAlpha(FACTORS)
+    one, other = make_alpha(description), make_alpha(description)
+    assert one.alpha.data_ptr() != other.alpha.data_ptr()
+    values = torch.tensor(FACTORS)
+    make_alpha(values).alpha.zero_()
+    assert torch.equal(values, torch.tensor(FACTORS))
+
+
+@pytest.mark.parametrize(
+    ("alpha", "shown"),
+    [
+        (FACTORS, "alpha=[0.367, 0.387, 0.368]\n"),
+        (LearnableAlpha(FACTORS), "alpha=[0.367, 0.387, 0.368], learnable\n"),
+        (LearnableAlpha(0.5, shared=True), "alpha=[0.5], learnable\n"),
+        (AttentionAlpha(0.5), "alpha=[0.5, 0.5, 0.5], attention\n"),
+    ],
+)
+def test_print_shows_the_factors(alpha, shown):
+    assert shown in repr(nn.Sequential(make_alpha(alpha)))
+
+
+def test_pyramids_without_values_print():
+    with torch.device("meta"):
+        fpn = AlphaFeaturePyramidNetwork([3, 5], 4, alpha=0.5)
+    assert fpn.alpha.is_meta
+    assert "alpha=[?]" in repr(fpn)
+
+
+# Random state
+
+
+@pytest.mark.parametrize("alpha", [0.5, LearnableAlpha(), AttentionAlpha()])
+def test_initialises_as_the_parent_and_draws_no_more(alpha):
+    torch.manual_seed(7)
+    stock = FeaturePyramidNetwork(list(CHANNELS), OUT)
+    after_stock = torch.rand(3)
+    torch.manual_seed(7)
+    ours = AlphaFeaturePyramidNetwork(list(CHANNELS), OUT, alpha=alpha)
+    after_ours = torch.rand(3)
+    for name, tensor in stock.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor)
+    assert torch.equal(after_ours, after_stock)
+    torch.manual_seed(7)
+    again = AlphaFeaturePyramidNetwork(list(CHANNELS), OUT, alpha=alpha)
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+
+
+# Bad factors
+
+
+@pytest.mark.parametrize(
+    "alpha", [None, "0.5", {"0": 0.5}, [0.5, "0.4", 0.3], [[1.0, 2.0, 3.0]], 1j]
+)
+def test_what_is_no_number_is_named(alpha):
+    with pytest.raises(TypeError, match=rf"alpha: expected a number.*found {type(alpha).__name__}"):
+        make_alpha(alpha)
+    for kind in (LearnableAlpha, AttentionAlpha):
+        with pytest.raises(TypeError, match=rf"{kind.__name__}.init: expected a number"):
+            kind(alpha)
+
+
+@pytest.mark.parametrize("kind", [list, LearnableAlpha, AttentionAlpha])
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_a_wrong_number_of_factors_names_the_levels(kind, count):
+    expected = (
+        rf"expected 3 factors \(level 1 -> level 0, level 2 -> level 1, level 3 -> level 2\), "
+        rf"found {count}: "
+    )
+    with pytest.raises(ValueError, match=expected):
+        make_alpha(kind([0.5] * count))
+
+
+def test_factors_for_a_single_level_are_refused():
+    with pytest.raises(ValueError, match=r"expected 0 factors \(one level has no edge\), found 1"):
+        make_alpha([0.5], levels=1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39])
+@pytest.mark.parametrize("kind", [list, LearnableAlpha, AttentionAlpha])
+def test_a_factor_that_is_not_finite_is_named_by_its_levels(kind, value):
+    with pytest.raises(ValueError, match=r"finite in torch.float32 for level 2 -> level 1, found"):
+        make_alpha(kind([0.5, value, 0.5]))
+
+
+def test_unequal_values_are_not_shared():
+    with pytest.raises(ValueError, match=r"shared=True expects equal values, found \[0.3, 0.4"):
+        LearnableAlpha([0.3, 0.4, 0.3], shared=True)
+
+
+@pytest.mark.parametrize("reduction", [0, -1, 2.0])
+def test_a_reduction_is_a_positive_integer(reduction):
+    with pytest.raises(ValueError, match="reduction: expected a positive integer, found"):
+        AttentionAlpha(reduction=reduction)
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize(
+    "alpha", [FACTORS, LearnableAlpha(FACTORS), LearnableAlpha(0.3, shared=True)]
+)
+def test_a_stock_checkpoint_leaves_the_factors_as_configured(alpha):
+    stock, ours = (
+        make_pyramid("batch", "p6p7 on c5"),
+        make_alpha(alpha, norm="batch", extra="p6p7 on c5"),
+    )
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.add_(1)
+    before = ours.alpha.clone()
+    result = nn.Sequential(ours).load_state_dict(nn.Sequential(stock).state_dict(), strict=True)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert torch.equal(ours.alpha, before)
+    for name, tensor in stock.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor)
+
+
+def test_a_stock_checkpoint_lacks_what_attention_needs():
+    with pytest.raises(RuntimeError, match=r"Missing key.*gates.0.squeeze.weight"):
+        make_alpha(AttentionAlpha()).load_state_dict(make_pyramid().state_dict())
+
+
+@pytest.mark.parametrize("alpha", [FACTORS, LearnableAlpha(FACTORS), AttentionAlpha(FACTORS)])
+def test_a_stock_pyramid_refuses_a_patched_checkpoint(alpha):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*(alpha|gates)"):
+        make_pyramid().load_state_dict(make_alpha(alpha).state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("kind", [list, LearnableAlpha, AttentionAlpha])
+def test_factors_come_back_from_a_checkpoint(kind):
+    saved, loaded = make_alpha(kind(FACTORS)), make_alpha(kind([1.0, 1.0, 1.0]))
+    loaded.load_state_dict(saved.state_dict(), strict=True)
+    assert_equal_maps(loaded(make_features()), saved(make_features()))
+
+
+def test_missing_weights_are_still_missed():
+    checkpoint = make_pyramid().state_dict()
+    del checkpoint["inner_blocks.0.0.weight"]
+    with pytest.raises(
+        RuntimeError, match=r'Missing key\(s\) in state_dict: "inner_blocks.0.0.weight"'
+    ):
+        make_alpha(FACTORS).load_state_dict(checkpoint)
+
+
+@pytest.mark.parametrize("alpha", [FACTORS, LearnableAlpha(FACTORS)])
+def test_keys_of_the_oldest_format_are_renamed_as_in_the_parent(alpha):
+    stock = make_pyramid()
+    old = OrderedDict(
+        (name.replace(".0.weight", ".weight").replace(".0.bias", ".bias"), tensor + 1)
+        for name, tensor in stock.state_dict().items()
+    )
+    assert "inner_blocks.0.weight" in old
+    ours = make_alpha(alpha)
+    ours.load_state_dict(copy.copy(old), strict=True)
+    stock.load_state_dict(copy.copy(old), strict=True)
+    for name, tensor in stock.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor)
+    assert torch.equal(ours.alpha.detach(), torch.tensor(FACTORS))
