@@ -261,7 +261,8 @@ def install_factors(fpn: FeaturePyramidNetwork, factors: Tensor | nn.ModuleList)
         fpn.alpha = factors
     else:
         fpn.register_buffer("alpha", factors)
-    fpn.__class__ = AlphaFeaturePyramidNetwork
+    if not isinstance(fpn, AlphaFeaturePyramidNetwork):
+        fpn.__class__ = AlphaFeaturePyramidNetwork
 
 
 def remove_factors(fpn: AlphaFeaturePyramidNetwork) -> None:

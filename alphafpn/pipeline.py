@@ -1,0 +1,125 @@
+"""`estimate_alpha_for`: from a detector and its data set to fusion factors, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from alphafpn.anchors import AnchorLayout, DetectorView, Size, indistinguishable_levels
+from alphafpn.datasets import Annotations, read_annotations
+from alphafpn.estimate import AlphaEstimate
+from alphafpn.matching import GridMatcher, Matcher, RangeMatcher
+from alphafpn.statistics import LevelCounts, check_clamp, count_levels, same_levels_message
+
+
+def estimate_alpha_for(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    category_ids: Collection[int] | None = None,
+    clamp: tuple[float, float] | None = (0.2, 2.0),
+    progress: bool = False,
+) -> AlphaEstimate:
+    """Fusion factors for a detector on a data set, in the coordinates that its network sees.
+
+    Levels, anchors, resize, padding and K are the detector's own. Each image is resized and padded
+    as if alone in its batch; where training chooses among several ``min_size``, each counts with
+    equal weight. No image is opened where the annotations hold the sizes. The model stays as it is.
+
+    FCOS matches no anchors: its levels follow its regression ranges.
+
+    Args:
+        model: a torchvision detector with a feature pyramid.
+        dataset: a path to a COCO-format JSON file; an iterable of ``((height, width), boxes)`` with
+            boxes [n, 4] xyxy in original pixels; or a torchvision-style data set whose targets hold
+            ``boxes``. See `alphafpn.datasets.read_annotations`.
+        category_ids: count only boxes of these categories.
+        clamp: (lower, upper) bound of the factors, or None.
+        progress: show a progress bar on stderr while a data set is read item by item.
+
+    Raises:
+        TypeError: if `model` or `dataset` is of another kind.
+        ValueError: if an annotation is broken, no boxes are left, or two levels of the detector
+            cannot be told apart (torchvision's MobileNet detectors).
+    """
+    clamp = check_clamp(clamp)
+    view = DetectorView(model)
+    annotations = read_annotations(dataset, category_ids=category_ids, progress=progress)
+    counts: LevelCounts | None = None
+    first: AnchorLayout | None = None
+    for min_size in view.min_sizes:
+        layouts, layout, scale = _layouts(view, annotations, min_size)
+        if first is None:
+            # The largest image shows the strides best: small ones have levels of a single cell.
+            first = max(layouts, key=lambda lay: lay.grid_sizes[0][0] * lay.grid_sizes[0][1])
+        boxes = _resized(annotations, scale)
+        matcher: Matcher
+        if view.is_fcos:
+            matcher = RangeMatcher([float(c[0, 2] - c[0, 0]) for c in first.cell_anchors])
+        else:
+            pair = indistinguishable_levels(first)
+            if pair is not None:
+                raise ValueError(
+                    same_levels_message("the detector", *(first.level_names[i] for i in pair))
+                )
+            grids = [lay._levels for lay in layouts]
+            matcher = GridMatcher(grids, boxes.dtype, boxes.device)
+        found = count_levels(
+            matcher,
+            boxes,
+            torch.from_numpy(annotations.counts),
+            len(first.cell_anchors),
+            layout if len(layouts) > 1 else None,
+        )
+        counts = found if counts is None else counts + found
+    assert counts is not None
+    assert first is not None
+    limit = view.detections_per_image
+    return counts.estimate(
+        first,
+        view.num_fused_levels,
+        clamp,
+        num_boxes=len(annotations.boxes),
+        follows_iou=not view.is_fcos,
+        left_out=dict(annotations.left_out),
+        detections_per_image=limit,
+        num_crowded=0 if limit is None else int((annotations.counts > limit).sum()),
+    )
+
+
+def _layouts(
+    view: DetectorView, annotations: Annotations, min_size: int | None
+) -> tuple[list[AnchorLayout], Tensor, np.ndarray[Any, np.dtype[np.float32]]]:
+    """The different layouts, which of them each image has, and each image's scale (y, x)."""
+    # Sizes repeat: work is per different size, and per different padded shape.
+    key = annotations.sizes[:, 0] << 32 | annotations.sizes[:, 1]
+    unique, size_of_image = np.unique(key, return_inverse=True)
+    index: dict[Size, int] = {}
+    layouts: list[AnchorLayout] = []
+    layout_of_size = np.empty(len(unique), dtype=np.int64)
+    scale = np.empty((len(unique), 2), dtype=np.float32)
+    for i, both in enumerate(unique.tolist()):
+        size = (both >> 32, both & 0xFFFFFFFF)
+        resized = view.resized_size(size, min_size)
+        padded = view.padded_size(size, resized)
+        if padded not in index:
+            index[padded] = len(layouts)
+            layouts.append(view.layout(padded))
+        layout_of_size[i] = index[padded]
+        # `resize_boxes` divides in float32.
+        scale[i] = np.asarray(resized, np.float32) / np.asarray(size, np.float32)
+    return layouts, torch.from_numpy(layout_of_size[size_of_image]), scale[size_of_image]
+
+
+def _resized(annotations: Annotations, scale: np.ndarray[Any, np.dtype[np.float32]]) -> Tensor:
+    """Boxes [G, 4] in pixels of the resized images."""
+    if (scale == 1).all():
+        return torch.from_numpy(annotations.boxes)
+    factors = torch.from_numpy(np.ascontiguousarray(scale[:, ::-1]).repeat(2, axis=0))
+    # One row (x, y, x, y) per image, then one per box.
+    rows = factors.view(-1, 4).repeat_interleave(torch.from_numpy(annotations.counts), 0)
+    return rows.mul_(torch.from_numpy(annotations.boxes))
