@@ -1,0 +1,233 @@
+"""Patches, unpatches and folds the pyramids inside a detector: validates all, then changes it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.convnext import LayerNorm2d
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+
+from alphafpn.pyramid import (
+    Alpha,
+    AlphaFeaturePyramidNetwork,
+    edge_name,
+    install_factors,
+    make_factors,
+    remove_factors,
+)
+
+M = TypeVar("M", bound=nn.Module)
+
+# By name: importing FSDP to ask would load all of torch.distributed.
+_WRAPPERS = ("ScriptModule", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+# The forward methods whose output is `weight * something + bias`.
+_AFFINE = {
+    cls.forward
+    for cls in (
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        nn.SyncBatchNorm,
+        nn.InstanceNorm2d,
+        nn.GroupNorm,
+        LayerNorm2d,
+        FrozenBatchNorm2d,
+    )
+}
+
+
+def patch_detector(model: M, alpha: Alpha) -> M:
+    """Gives the pyramids inside a model fusion factors, in place.
+
+    Each `FeaturePyramidNetwork` stays the same object with the same parameters, hooks, device,
+    dtype and modes, and becomes an `AlphaFeaturePyramidNetwork`. Patching again replaces the
+    factors; ones of the same kind change their values only, so that compiled code stays valid.
+
+    Args:
+        model: A detector, any module that contains pyramids, or a pyramid; compiled ones too.
+        alpha: As in `AlphaFeaturePyramidNetwork`; several pyramids all get the same factors.
+
+    Returns:
+        The model that was given.
+
+    Raises:
+        TypeError: If there is no pyramid, or one of another class or with a `forward` of its own;
+            if something is scripted or wrapped in DDP or FSDP; if `alpha` is of no known kind.
+        ValueError: If `alpha` does not fit a pyramid. In all cases the model is as it was.
+    """
+    planned = [
+        (fpn, make_factors(fpn, alpha, f"alpha of {path}")) for path, fpn in _pyramids(model)
+    ]
+    for fpn, factors in planned:
+        install_factors(fpn, factors)
+    return model
+
+
+def unpatch_detector(model: M) -> M:
+    """Makes the patched pyramids inside a model stock ones again, in place.
+
+    The factors are dropped and the weights stay, so that the outputs change; `fold_alpha` keeps the
+    outputs.
+
+    Args:
+        model: As in `patch_detector`.
+
+    Returns:
+        The model that was given.
+
+    Raises:
+        TypeError: If there is no patched pyramid, or where `patch_detector` raises it.
+    """
+    for _, fpn in _patched(model):
+        remove_factors(fpn)
+    return model
+
+
+def fold_alpha(model: M) -> M:
+    """Moves the factors inside a model into its weights, in place: stock pyramids, same outputs.
+
+    With c_0 = 1 and c_{i+1} = alpha_i * c_i, the output of inner block i is scaled by c_i in its
+    last weight and bias (the normalisation's where it has one), and the convolution of layer block
+    i by 1/c_i in its weight, so that it undoes c_i before anything else sees it. Extra blocks see
+    backbone features and finished output maps only, and stay as they are. Learnable factors fold
+    at their present value. Fold for deployment: the state of an optimizer is not rescaled.
+
+    Args:
+        model: As in `patch_detector`.
+
+    Returns:
+        The model that was given.
+
+    Raises:
+        TypeError: As in `unpatch_detector`.
+        ValueError: If a factor is 0, or comes from attention; if scaled weights leave the range of
+            their dtype; if a weight to scale is missing, parametrised or shared with something
+            else in the model. In all cases the model is as it was.
+    """
+    pyramids = list(_patched(model))
+    owners = _owners(model)
+    scaled = [pair for path, fpn in pyramids for pair in _folded(path, fpn, owners)]
+    with torch.no_grad():
+        for tensor, value in scaled:
+            tensor.copy_(value)
+    for _, fpn in pyramids:
+        remove_factors(fpn)
+    return model
+
+
+def _pyramids(model: nn.Module) -> list[tuple[str, FeaturePyramidNetwork]]:
+    """Lists the pyramids in a model with their paths, or says why they must not be changed."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    found = []
+    for path, module in model.named_modules():
+        path = path or type(model).__name__
+        for cls in type(module).__mro__:
+            if cls.__name__ in _WRAPPERS:
+                raise TypeError(
+                    f"{path}: found a {cls.__name__} ({type(module).__name__}); "
+                    "patch before wrapping or scripting"
+                )
+        if not isinstance(module, FeaturePyramidNetwork):
+            continue
+        if type(module) not in (FeaturePyramidNetwork, AlphaFeaturePyramidNetwork):
+            raise TypeError(
+                f"{path}: expected exactly FeaturePyramidNetwork or AlphaFeaturePyramidNetwork, "
+                f"found the subclass {type(module).__name__}"
+            )
+        if "forward" in vars(module):
+            raise TypeError(f"{path}: expected a stock pyramid, found one with its own `forward`")
+        found.append((path, module))
+    if not found:
+        parts = ", ".join(f"{name}: {type(part).__name__}" for name, part in model.named_children())
+        raise TypeError(
+            f"expected a model with a FeaturePyramidNetwork, found none in {type(model).__name__} "
+            f"({parts or 'no parts'})"
+        )
+    return found
+
+
+def _patched(model: nn.Module) -> list[tuple[str, AlphaFeaturePyramidNetwork]]:
+    pyramids = _pyramids(model)
+    patched = [pair for pair in pyramids if isinstance(pair[1], AlphaFeaturePyramidNetwork)]
+    if not patched:
+        raise TypeError(
+            f"expected a patched model, found only stock pyramids in {type(model).__name__}: "
+            + ", ".join(path for path, _ in pyramids)
+        )
+    return patched
+
+
+def _owners(model: nn.Module) -> dict[nn.Module | int, list[str]]:
+    """Maps each module, and each tensor by the address of its data, to all places that hold it."""
+    owners: dict[nn.Module | int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, child in module._modules.items():
+            if child is not None:
+                owners[child].append(prefix + name)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                owners[tensor.data_ptr()].append(prefix + name)
+    return owners
+
+
+def _folded(
+    path: str, fpn: AlphaFeaturePyramidNetwork, owners: dict[nn.Module | int, list[str]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the tensors that folding changes, each with its new values."""
+    if hasattr(fpn, "gates"):
+        raise ValueError(f"{path}: attention factors differ from image to image and cannot fold")
+    scale = 1.0
+    factors = fpn.alpha.detach().expand(len(fpn.inner_blocks) - 1)
+    for edge, factor in enumerate(factors.tolist()):
+        if factor == 0:
+            raise ValueError(f"{path}: the factor of {edge_name(edge)} is 0 and cannot fold")
+        scale *= factor
+        if scale != 1:
+            for kind in ("inner_blocks", "layer_blocks"):
+                yield from _rescaled(path, fpn, kind, edge + 1, scale, owners)
+
+
+def _rescaled(
+    path: str,
+    fpn: AlphaFeaturePyramidNetwork,
+    kind: str,
+    level: int,
+    scale: float,
+    owners: dict[nn.Module | int, list[str]],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields what multiplies the output of an inner block, or divides a layer's convolution."""
+    inner = kind == "inner_blocks"
+    blocks = getattr(fpn, kind)
+    block = blocks[level]
+    sequential = type(block).forward is nn.Sequential.forward
+    module = block[-1 if inner else 0] if sequential else block
+    where = f"{path}.{kind}.{level} ({type(module).__name__})"
+    if type(module).forward not in (_AFFINE if inner else {nn.Conv2d.forward}):
+        raise ValueError(f"{where}: expected {'a normalisation or ' * inner}a convolution to scale")
+    tensors = {**module._parameters, **module._buffers}
+    for name in ("weight", "bias") if inner else ("weight",):
+        if name not in tensors:
+            raise ValueError(f"{where}: its {name} is parametrised; remove that first")
+        tensor = tensors[name]
+        if tensor is None and name == "weight":
+            raise ValueError(f"{where}: it has no affine part to scale")
+        if tensor is None:
+            continue
+        for part in (blocks, block, module, tensor.data_ptr()):
+            if len(owners[part]) > 1:
+                raise ValueError(f"{where}: its {name} is shared by {' and '.join(owners[part])}")
+        value = tensor.detach() * scale if inner else tensor.detach() / scale
+        # Below the smallest normal number the largest weight would lose digits.
+        limits, peak = torch.finfo(value.dtype), float(value.abs().max())
+        if not peak <= limits.max or (peak < limits.tiny and tensor.any()):
+            raise ValueError(
+                f"{where}: {'multiplying' if inner else 'dividing'} its {name} by {scale:.3g} "
+                f"leaves the range of {value.dtype}: largest magnitude {peak:.3g}"
+            )
+        yield tensor, value

@@ -1,0 +1,666 @@
+"""Surgery: what patching, unpatching and folding change, keep, undo and refuse."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import re
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyramids import (
+    EXTRAS,
+    NORMS,
+    OUT,
+    assert_equal_maps,
+    make_features,
+    make_pyramid,
+    relative_error,
+)
+from torch import nn
+from torch.nn.utils import prune
+from torchvision.models import detection
+from torchvision.models.convnext import LayerNorm2d
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FeaturePyramidNetwork
+
+from alphafpn.pyramid import (
+    AlphaFeaturePyramidNetwork,
+    AttentionAlpha,
+    LearnableAlpha,
+    alpha_parameters,
+)
+from alphafpn.surgery import fold_alpha, patch_detector, unpatch_detector
+
+FACTORS = [0.367, 0.387, 0.368]
+KINDS = [list, LearnableAlpha, AttentionAlpha]
+DETECTORS = [
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "fasterrcnn_mobilenet_v3_large_fpn",
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnet50_fpn_v2",
+    "fcos_resnet50_fpn",
+    "keypointrcnn_resnet50_fpn",
+    "maskrcnn_resnet50_fpn",
+    "maskrcnn_resnet50_fpn_v2",
+    "retinanet_resnet50_fpn",
+    "retinanet_resnet50_fpn_v2",
+]
+
+
+class Detector(nn.Module):
+    """A body and a head around a pyramid, in a few hundred weights."""
+
+    def __init__(self, fpn: FeaturePyramidNetwork) -> None:
+        super().__init__()
+        self.body = nn.ModuleDict({"conv": nn.Conv2d(3, 3, 1), "bn": nn.BatchNorm2d(3)})
+        self.fpn = fpn
+        self.head = nn.Conv2d(OUT, 2, 3)
+
+    def forward(self, x):
+        return {name: self.head(nn.functional.pad(p, [2] * 4)) for name, p in self.fpn(x).items()}
+
+
+def make_detector(alpha=None, **kwargs) -> Detector:
+    model = Detector(make_pyramid(**kwargs)).eval()
+    return model if alpha is None else patch_detector(model, alpha)
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """All that a refused operation could have changed."""
+    return {
+        **{name: (type(module), set(vars(module))) for name, module in model.named_modules()},
+        **{f"{name} value": t.clone() for name, t in model.state_dict(keep_vars=True).items()},
+        **{f"{name} id": id(t) for name, t in model.state_dict(keep_vars=True).items()},
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
+    after = snapshot(model)
+    assert list(after) == list(before)
+    for name, value in before.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(after[name], value, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert after[name] == value, name
+
+
+# Every detector of torchvision
+
+
+@pytest.fixture(scope="module", params=DETECTORS)
+def detector(request):
+    return getattr(detection, request.param)(weights=None, weights_backbone=None).eval()
+
+
+def random_features(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Backbone features as a small image would give them."""
+    with torch.no_grad():
+        return model.backbone.body(torch.rand(1, 3, 64, 96, generator=torch.manual_seed(0)))
+
+
+def in_double(fpn: nn.Module, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The outputs without the rounding of float32 sums, which is 1e-6 with 256 channels."""
+    return copy.deepcopy(fpn).double()({name: c.double() for name, c in features.items()})
+
+
+def test_the_list_of_detectors_is_complete():
+    builders = torchvision.models.list_models(module=detection)
+    assert sorted(name for name in builders if "fpn" in name) == DETECTORS
+
+
+def test_every_detector_patches_folds_and_unpatches(detector):
+    fpn, features = detector.backbone.fpn, random_features(detector)
+    levels = len(fpn.inner_blocks)
+    factors = [0.25 + 0.125 * i for i in range(levels - 1)]
+    stock_keys, stock_attributes = list(detector.state_dict()), set(vars(fpn))
+    parameters = list(detector.parameters())
+    classes = {name: type(module) for name, module in detector.named_modules()}
+    with torch.no_grad():
+        stock = fpn(features)
+        weights = copy.deepcopy(detector.backbone.fpn.state_dict())
+
+        assert patch_detector(detector, 1) is detector
+        assert detector.backbone.fpn is fpn
+        assert_equal_maps(fpn(features), stock)
+        patched_classes = {name: type(module) for name, module in detector.named_modules()}
+        assert patched_classes == {**classes, "backbone.fpn": AlphaFeaturePyramidNetwork}
+
+        patch_detector(detector, factors)
+        assert fpn.alpha.tolist() == factors
+        assert [id(p) for p in detector.parameters()] == [id(p) for p in parameters]
+        patched, exact = fpn(features), in_double(fpn, features)
+        assert not torch.equal(patched["0"], stock["0"])
+
+        assert fold_alpha(detector) is detector
+        assert detector.backbone.fpn is fpn
+        assert relative_error(fpn(features), patched) < 1e-5
+        assert relative_error(in_double(fpn, features), exact) < 2e-7
+        assert list(detector.state_dict()) == stock_keys
+        assert set(vars(fpn)) == stock_attributes
+        assert {name: type(module) for name, module in detector.named_modules()} == classes
+
+        fpn.load_state_dict(weights)
+        assert unpatch_detector(patch_detector(detector, factors)) is detector
+        assert_equal_maps(fpn(features), stock)
+        assert list(detector.state_dict()) == stock_keys
+        assert [id(p) for p in detector.parameters()] == [id(p) for p in parameters]
+
+
+@pytest.mark.parametrize(
+    "name", ["retinanet_resnet50_fpn_v2", "fasterrcnn_mobilenet_v3_large_320_fpn"]
+)
+def test_detections_survive_folding(name):
+    torch.manual_seed(0)
+    options = {"score_thresh": 0.0} if name.startswith("retina") else {"box_score_thresh": 0.0}
+    model = getattr(detection, name)(
+        weights=None, weights_backbone=None, min_size=96, max_size=160, num_classes=3, **options
+    ).eval()
+    images = [torch.rand(3, 96, 128)]
+    with torch.no_grad():
+        stock = model(images)[0]
+        patched = patch_detector(model, 1)(images)[0]
+        for field, value in stock.items():
+            assert torch.equal(patched[field], value)
+        patched = patch_detector(model, 0.5)(images)[0]
+        folded = fold_alpha(model)(images)[0]
+    assert len(patched["scores"]) > 10
+    assert not torch.equal(patched["scores"], stock["scores"])
+    for field, value in patched.items():
+        # Halves and quarters scale weights without rounding.
+        assert torch.equal(folded[field], value)
+
+
+@pytest.mark.parametrize("norm", ["no norm", "batch", "frozen"])
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_custom_backbones_fold(norm, extra):
+    body = nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1), nn.Conv2d(5, 7, 3, 2, 1))
+    backbone = BackboneWithFPN(
+        body, {"0": "fine", "1": "coarse"}, [5, 7], OUT, EXTRAS[extra](), NORMS[norm]
+    ).eval()
+    image = torch.rand(1, 3, 33, 47)
+    with torch.no_grad():
+        patched = patch_detector(backbone, 0.3)(image)
+        folded = fold_alpha(backbone)(image)
+    assert list(folded)[:2] == ["fine", "coarse"]
+    assert relative_error(folded, patched) < 1e-6
+
+
+# What patching keeps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_patching_keeps_everything_else(kind):
+    model = make_detector(norm="batch")
+    model.fpn.layer_blocks[0].train()
+    model.fpn.inner_blocks[1].requires_grad_(False)
+    before = snapshot(model)
+    patch_detector(model, kind(FACTORS))
+    after = snapshot(model)
+    for name, value in before.items():
+        if name == "fpn":
+            assert after[name][0] is AlphaFeaturePyramidNetwork
+        elif isinstance(value, torch.Tensor):
+            assert torch.equal(after[name], value)
+        else:
+            assert after[name] == value
+    assert [module.training for module in model.fpn.layer_blocks] == [True, False, False, False]
+    assert not any(p.requires_grad for p in model.fpn.inner_blocks[1].parameters())
+    assert all(p.requires_grad for p in model.fpn.inner_blocks[0].parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [True, False])
+def test_patching_keeps_the_mode(kind, training):
+    model = patch_detector(make_pyramid().train(training), kind(FACTORS))
+    assert all(module.training is training for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_factors_take_the_dtype_of_the_weights(kind, dtype):
+    fpn = patch_detector(make_pyramid().to(dtype), kind(FACTORS))
+    assert {tensor.dtype for tensor in fpn.state_dict().values()} == {dtype}
+    x = {name: c.to(dtype) for name, c in make_features().items()}
+    assert {p.dtype for p in fpn(x).values()} == {dtype}
+
+
+def test_factors_are_made_on_the_device_of_the_weights():
+    for kind in KINDS:
+        fpn = patch_detector(make_pyramid().to("meta"), kind(FACTORS))
+        assert all(tensor.is_meta for tensor in fpn.state_dict().values())
+
+
+def test_hooks_stay_and_run():
+    model, calls = make_detector(), []
+    model.fpn.register_forward_pre_hook(lambda *args: calls.append("pre"))
+    model.fpn.register_forward_hook(lambda *args: calls.append("post"))
+    for change in (lambda m: patch_detector(m, FACTORS), fold_alpha):
+        change(model)(make_features())
+    assert calls == ["pre", "post"] * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_optimizer_built_before_still_trains_the_weights(kind):
+    model = make_detector()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    patch_detector(model, kind(FACTORS))
+    if alpha_parameters(model):
+        optimizer.add_param_group({"params": alpha_parameters(model), "weight_decay": 0.0})
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    before = {name: p.clone() for name, p in model.fpn.named_parameters()}
+    sum(p.square().mean() for p in model(make_features()).values()).backward()
+    optimizer.step()
+    for name, parameter in model.fpn.named_parameters():
+        # Of a gate only the last bias is sure to move: its layers start at zero, or behind a ReLU.
+        if not name.startswith("gates") or name.endswith("excite.bias"):
+            assert not torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_patching_draws_no_random_numbers(kind):
+    model = make_detector()
+    before = torch.get_rng_state()
+    patch_detector(model, kind(FACTORS))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_other_models_stay_as_they_are():
+    one, other = make_detector(), make_detector()
+    before = snapshot(other)
+    patch_detector(one, FACTORS)
+    fold_alpha(patch_detector(copy.deepcopy(one), 0.5))
+    assert_unchanged(other, before)
+    assert torch.equal(one.fpn.alpha, torch.tensor(FACTORS))
+
+
+# Patching again
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_patching_again_refills_the_same_tensors(kind):
+    model = make_detector(kind([1.0, 1.0, 1.0]))
+    before = {name: id(t) for name, t in model.state_dict(keep_vars=True).items()}
+    if kind is AttentionAlpha:
+        model.fpn.gates[0].excite.bias.data.fill_(1.0)
+    patch_detector(model, kind(FACTORS))
+    assert {name: id(t) for name, t in model.state_dict(keep_vars=True).items()} == before
+    assert_equal_maps(model(make_features()), make_detector(FACTORS)(make_features()))
+
+
+@pytest.mark.parametrize("first", [*KINDS, lambda _: LearnableAlpha(0.3, shared=True)])
+@pytest.mark.parametrize("second", KINDS)
+def test_kinds_replace_each_other_without_a_trace(first, second):
+    model, fresh = make_detector(first(FACTORS)), make_detector(second(FACTORS))
+    patch_detector(model, second(FACTORS))
+    assert list(model.state_dict()) == list(fresh.state_dict())
+    assert list(dict(model.named_parameters())) == list(dict(fresh.named_parameters()))
+    assert set(vars(model.fpn)) == set(vars(fresh.fpn))
+    assert_equal_maps(model(make_features()), fresh(make_features()))
+
+
+def test_another_reduction_makes_other_gates():
+    fpn = patch_detector(make_pyramid(), AttentionAlpha(reduction=1))
+    patch_detector(fpn, AttentionAlpha(0.5, reduction=2))
+    assert fpn.gates[0].squeeze.out_features == OUT // 2
+    assert fpn.gates[0].squeeze.weight.shape == (OUT // 2, OUT)
+
+
+# Copies and files
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save", "weights only"])
+def test_patched_models_are_copied_and_saved(kind, way):
+    model = make_detector(kind(FACTORS), norm="batch", extra="p6p7 on p5")
+    buffer = io.BytesIO()
+    if way == "deepcopy":
+        again = copy.deepcopy(model)
+    elif way == "pickle":
+        again = pickle.loads(pickle.dumps(model))
+    elif way == "torch.save":
+        torch.save(model, buffer)
+        buffer.seek(0)
+        again = torch.load(buffer, weights_only=False)
+    else:
+        torch.save(model.state_dict(), buffer)
+        buffer.seek(0)
+        again = make_detector(kind([1.0, 1.0, 1.0]), norm="batch", extra="p6p7 on p5")
+        again.load_state_dict(torch.load(buffer, weights_only=True))
+    assert_equal_maps(again(make_features()), model(make_features()))
+    assert not {t.data_ptr() for t in model.state_dict().values()} & {
+        t.data_ptr() for t in again.state_dict().values()
+    }
+
+
+def test_a_folded_checkpoint_loads_into_an_untouched_model():
+    patched = make_detector(FACTORS, norm="frozen")
+    expected = patched(make_features())
+    stock = make_detector(norm="frozen")
+    stock.load_state_dict(fold_alpha(patched).state_dict(), strict=True)
+    assert relative_error(stock(make_features()), expected) < 1e-6
+
+
+# Folding
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind", [list, LearnableAlpha])
+def test_folding_keeps_the_outputs(norm, extra, kind):
+    fpn = patch_detector(make_pyramid(norm, extra), kind([0.367, -1.387, 2.368]))
+    patched = fpn(make_features())
+    assert relative_error(fold_alpha(fpn)(make_features()), patched) < 1e-6
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_folding_powers_of_two_is_bitwise(norm):
+    fpn = patch_detector(make_pyramid(norm, "p6p7 on p5"), [0.5, -4.0, 0.25])
+    patched = fpn(make_features())
+    assert_equal_maps(fold_alpha(fpn)(make_features()), patched)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    data=st.data(),
+    levels=st.integers(1, 4),
+    norm=st.sampled_from(list(NORMS)),
+    size=st.integers(2, 33),
+)
+def test_folding_keeps_the_outputs_in_double_precision(data, levels, norm, size):
+    factor = st.floats(0.01, 4).flatmap(lambda a: st.sampled_from([a, -a]))
+    alpha = data.draw(st.lists(factor, min_size=levels - 1, max_size=levels - 1))
+    fpn = patch_detector(make_pyramid(norm, levels=levels).double(), alpha)
+    x = {name: c.double() for name, c in make_features(levels, 8 * size).items()}
+    patched = fpn(x)
+    assert relative_error(fold_alpha(fpn)(x), patched) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_folding_half_weights(dtype):
+    fpn = patch_detector(make_pyramid("batch").to(dtype), FACTORS)
+    x = {name: c.to(dtype) for name, c in make_features().items()}
+    patched = fpn(x)
+    assert relative_error(fold_alpha(fpn)(x), patched) < 8 * torch.finfo(dtype).eps
+
+
+def test_folding_keeps_batch_statistics_in_training():
+    fpn = patch_detector(make_pyramid("batch"), FACTORS)
+    folded = fold_alpha(copy.deepcopy(fpn))
+    assert relative_error(folded.train()(make_features()), fpn.train()(make_features())) < 1e-6
+    for name, buffer in folded.named_buffers():
+        torch.testing.assert_close(buffer, fpn.get_buffer(name))
+
+
+@pytest.mark.parametrize("norm", ["no norm", "group", "frozen"])
+def test_folding_scales_exactly_the_named_weights(norm):
+    fpn = make_pyramid(norm, "p6p7 on c5")
+    before = copy.deepcopy(fpn.state_dict())
+    fold_alpha(patch_detector(fpn, [0.5, 0.25, 2.0]))
+    last = "0" if norm == "no norm" else "1"
+    for level, scale in enumerate([1, 0.5, 0.125, 0.25]):
+        before[f"inner_blocks.{level}.{last}.weight"] *= scale
+        before[f"inner_blocks.{level}.{last}.bias"] *= scale
+        before[f"layer_blocks.{level}.0.weight"] /= scale
+    for name, tensor in fpn.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_folding_learnable_factors_takes_their_present_value():
+    for alpha in (LearnableAlpha(), LearnableAlpha(shared=True)):
+        fpn = patch_detector(make_pyramid(), alpha)
+        with torch.no_grad():
+            fpn.alpha.fill_(0.3)
+        expected = patch_detector(make_pyramid(), 0.3)(make_features())
+        assert relative_error(fold_alpha(fpn)(make_features()), expected) < 1e-6
+
+
+def test_folding_keeps_parameters_and_removes_those_of_the_factors():
+    model = make_detector()
+    before = [id(p) for p in model.parameters()]
+    fold_alpha(patch_detector(model, LearnableAlpha(FACTORS)))
+    assert [id(p) for p in model.parameters()] == before
+    assert all(p.requires_grad and p.grad_fn is None for p in model.parameters())
+    assert alpha_parameters(model) == []
+
+
+def test_patching_with_sigma_and_folding_is_sigma_power_initialisation():
+    sigma = 0.5
+    expected = make_pyramid()
+    for level in range(4):
+        expected.inner_blocks[level][0].weight.data *= sigma**level
+        expected.inner_blocks[level][0].bias.data *= sigma**level
+        expected.layer_blocks[level][0].weight.data /= sigma**level
+    folded = fold_alpha(patch_detector(make_pyramid(), sigma))
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(folded.state_dict()[name], tensor)
+
+
+def test_custom_norms_fold_where_their_forward_is_known():
+    class Groups(nn.GroupNorm):
+        def __init__(self, channels):
+            super().__init__(4, channels)
+
+    for norm in (Groups, LayerNorm2d):
+        fpn = FeaturePyramidNetwork([5, 6], OUT, norm_layer=norm).eval()
+        x = {name: c for name, c in make_features(3).items() if name != "2"}
+        patched = in_double(patch_detector(fpn, 0.37), x)
+        assert relative_error(in_double(fold_alpha(fpn), x), patched) < 1e-6
+
+
+def test_blocks_that_are_plain_convolutions_fold():
+    fpn = make_pyramid()
+    for blocks in (fpn.inner_blocks, fpn.layer_blocks):
+        for level in range(4):
+            blocks[level] = blocks[level][0]
+    patched = patch_detector(fpn, FACTORS)(make_features())
+    assert relative_error(fold_alpha(fpn)(make_features()), patched) < 1e-6
+
+
+def test_a_pyramid_used_twice_folds_once():
+    model = make_detector()
+    model.same = model.fpn
+    patched = patch_detector(model, FACTORS)(make_features())
+    assert relative_error(fold_alpha(model)(make_features()), patched) < 1e-6
+
+
+def refused(model: nn.Module, message: str) -> None:
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        fold_alpha(model)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("kind", [list, LearnableAlpha])
+def test_folding_refuses_zero(kind):
+    model = make_detector(kind([0.5, 0.0, 0.5]))
+    refused(model, "fpn: the factor of level 2 -> level 1 is 0")
+
+
+def test_folding_refuses_attention():
+    refused(make_detector(AttentionAlpha(0.5)), "fpn: attention factors")
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d, lambda c: nn.BatchNorm2d(c, affine=False)])
+def test_folding_refuses_a_normalisation_without_affine_part(norm):
+    model = Detector(FeaturePyramidNetwork([3, 5, 6, 7], OUT, norm_layer=norm))
+    refused(patch_detector(model, FACTORS), r"fpn.inner_blocks.1 \(\w+Norm2d\): it has no affine")
+
+
+def test_folding_refuses_a_normalisation_it_does_not_know():
+    class Unknown(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    model = Detector(FeaturePyramidNetwork([3, 5, 6, 7], OUT, norm_layer=Unknown))
+    refused(patch_detector(model, FACTORS), r"inner_blocks.1 \(Unknown\): expected a normalisation")
+
+
+@pytest.mark.parametrize("kind", ["inner_blocks", "layer_blocks"])
+@pytest.mark.parametrize(
+    "parametrise",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.spectral_norm,
+        lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+    ],
+)
+def test_folding_refuses_parametrised_weights(kind, parametrise):
+    model = make_detector(FACTORS)
+    parametrise(getattr(model.fpn, kind)[2][0])
+    refused(model, rf"fpn.{kind}.2 \(\w*Conv2d\): its weight is parametrised")
+
+
+def tie_parameter(model):
+    model.head.weight = model.fpn.layer_blocks[1][0].weight
+
+
+def tie_memory(model):
+    model.head.weight = nn.Parameter(model.fpn.layer_blocks[1][0].weight.data)
+
+
+def tie_convolution(model):
+    model.tail = model.fpn.layer_blocks[1][0]
+
+
+def tie_levels(model):
+    model.fpn.layer_blocks[2] = model.fpn.layer_blocks[1]
+
+
+def tie_lists(model):
+    model.tail = model.fpn.layer_blocks
+
+
+@pytest.mark.parametrize("tie", [tie_parameter, tie_memory, tie_convolution, tie_levels, tie_lists])
+def test_folding_refuses_shared_weights(tie):
+    model = make_detector(FACTORS)
+    tie(model)
+    refused(model, r"fpn.layer_blocks.1 \(Conv2d\): its weight is shared by \S+ and \S+$")
+
+
+@pytest.mark.parametrize(
+    ("alpha", "dtype"),
+    [
+        ([1e-25, 1e-25, 1.0], torch.float32),
+        ([1e25, 1e25, 1.0], torch.float32),
+        ([1e-20, 1e-20, 1.0], torch.float32),
+        ([1e-200, 1e-200, 1.0], torch.float64),
+        ([0.01, 0.001, 1.0], torch.float16),
+        ([1000.0, 1000.0, 1.0], torch.float16),
+    ],
+)
+def test_folding_refuses_scales_that_leave_the_range(alpha, dtype):
+    model = make_detector().to(dtype)
+    refused(patch_detector(model, alpha), f"fpn.*_blocks.2 .* leaves the range of {dtype}")
+
+
+def test_folding_refuses_factors_that_diverged():
+    model = make_detector(LearnableAlpha(FACTORS))
+    with torch.no_grad():
+        model.fpn.alpha.fill_(float("nan"))
+    refused(model, "fpn.inner_blocks.1 .* leaves the range")
+
+
+def test_tied_weights_that_folding_leaves_alone_are_no_obstacle():
+    model = make_detector([1.0, 1.0, 0.5])
+    model.head = model.fpn.layer_blocks[1][0]
+    patched = model(make_features())
+    assert relative_error(fold_alpha(model)(make_features()), patched) < 1e-6
+
+
+# Several pyramids
+
+
+def test_all_pyramids_get_the_same_factors():
+    model = nn.ModuleList([make_detector(), make_detector()])
+    patch_detector(model, LearnableAlpha(FACTORS))
+    for part in model:
+        assert part.fpn.alpha.tolist() == torch.tensor(FACTORS).tolist()
+    assert len(alpha_parameters(model)) == 2
+    assert model[0].fpn.alpha is not model[1].fpn.alpha
+
+
+def test_if_one_pyramid_is_refused_none_is_changed():
+    model = nn.ModuleDict({"good": make_detector(), "bad": make_detector(levels=3)})
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"alpha of bad.fpn: expected 2 factors .*found 3"):
+        patch_detector(model, FACTORS)
+    assert_unchanged(model, before)
+
+    model = nn.ModuleDict({"good": make_detector(FACTORS), "bad": make_detector([1.0, 0.0, 1.0])})
+    refused(model, "bad.fpn: the factor of level 2 -> level 1 is 0")
+
+
+def test_stock_pyramids_beside_patched_ones_stay():
+    model = nn.ModuleDict({"patched": make_detector(FACTORS), "stock": make_detector()})
+    before = snapshot(model["stock"])
+    fold_alpha(model)
+    assert_unchanged(model["stock"], before)
+
+
+# Wrong models
+
+
+class Subclass(FeaturePyramidNetwork):
+    pass
+
+
+class OurSubclass(AlphaFeaturePyramidNetwork):
+    pass
+
+
+def own_forward():
+    model = make_detector()
+    model.fpn.forward = lambda x: x
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: "model.pt", "expected a torch.nn.Module, found str"),
+        (lambda: make_detector().state_dict(), "expected a torch.nn.Module, found OrderedDict"),
+        (lambda: nn.Conv2d(1, 1, 1), "found none in Conv2d"),
+        (
+            lambda: detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None),
+            r"found none in SSD \(backbone: SSDLiteFeatureExtractorMobileNet, anchor_generator: ",
+        ),
+        (lambda: Detector(Subclass([3], 4)), "fpn: expected exactly.*found the subclass Subclass"),
+        (lambda: OurSubclass([3], 4, alpha=1), "found the subclass OurSubclass"),
+        (own_forward, "fpn: expected a stock pyramid, found one with its own `forward`"),
+        (lambda: torch.jit.script(make_pyramid()), "found a ScriptModule.*patch before wrapping"),
+        (
+            lambda: nn.Sequential(torch.jit.script(make_pyramid(levels=2))),
+            "0: found a ScriptModule.*patch before wrapping",
+        ),
+    ],
+)
+def test_what_is_no_stock_pyramid_is_named(make, message):
+    model = make()
+    before = snapshot(model) if isinstance(model, nn.Module) else None
+    for change in (lambda m: patch_detector(m, 1.0), unpatch_detector, fold_alpha):
+        with pytest.raises(TypeError, match=message):
+            change(model)
+    if before is not None:
+        assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("change", [unpatch_detector, fold_alpha])
+def test_stock_models_have_nothing_to_undo(change):
+    with pytest.raises(TypeError, match="found only stock pyramids in Detector: fpn"):
+        change(make_detector())
+
+
+@pytest.mark.parametrize("alpha", [None, "0.5", [0.5], [0.5, float("nan"), 0.5]])
+def test_bad_factors_change_nothing(alpha):
+    model = make_detector()
+    before = snapshot(model)
+    with pytest.raises((TypeError, ValueError), match=re.escape("alpha of fpn: expected")):
+        patch_detector(model, alpha)
+    assert_unchanged(model, before)
