@@ -1,0 +1,238 @@
+"""The command line: ``alphafpn estimate`` and ``alphafpn demo``.
+
+Results go to stdout, progress and messages to stderr. A mistake in what the user gave is exit code
+2 and one line that starts with ``alphafpn: error:``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from alphafpn.estimate import AlphaEstimate
+
+TINY = ("tiny_retinanet", "tiny_faster_rcnn")
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line per mistake, instead of the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        _fail(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; leaves by `SystemExit` unless all went well."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, ImportError) as error:
+        _fail(str(error))
+    except OSError as error:
+        named = error.filename is not None
+        _fail(f"{error.filename}: {error.strerror}" if named else str(error))
+    except KeyboardInterrupt:
+        print("alphafpn: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    print("alphafpn: error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="alphafpn", description="Fusion factors for tiny-object detectors.")
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    estimate = commands.add_parser(
+        "estimate",
+        help="fusion factors of a COCO-format annotation file",
+        description="Counts the boxes of a COCO-format file per pyramid level of a detector, as "
+        "its network sees them, and prints the fusion factors.",
+    )
+    estimate.add_argument("annotations", type=Path, metavar="ANNOTATIONS", help="COCO-format JSON")
+    estimate.add_argument(
+        "--detector",
+        required=True,
+        metavar="NAME",
+        help="a torchvision FPN detector, such as fasterrcnn_resnet50_fpn_v2, or "
+        + " or ".join(TINY),
+    )
+    estimate.add_argument(
+        "--min-size", type=_positive, nargs="+", metavar="N", help="as the detector's own argument"
+    )
+    estimate.add_argument(
+        "--max-size", type=_positive, metavar="N", help="as the detector's own argument"
+    )
+    estimate.add_argument(
+        "--anchor-sizes",
+        type=_numbers,
+        nargs="+",
+        metavar="S[,S...]",
+        help="anchor sizes in pixels, one argument per level; several per level with commas",
+    )
+    estimate.add_argument(
+        "--aspect-ratios",
+        type=_positive_float,
+        nargs="+",
+        metavar="R",
+        help="height / width of the anchors on every level",
+    )
+    estimate.add_argument(
+        "--categories", type=int, nargs="+", metavar="ID", help="count only these category ids"
+    )
+    estimate.add_argument("--no-clamp", action="store_true", help="leave the factors unclamped")
+    estimate.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    estimate.add_argument("--plot", type=Path, metavar="FILE", help="save a picture")
+    estimate.set_defaults(run=_estimate)
+
+    demo = commands.add_parser(
+        "demo",
+        help="estimate, train, fold and compare, in a few minutes",
+        description="Trains a small detector with alpha = 1 and with the estimated factors on "
+        "generated scenes, or on your images, and compares them (extra: demo).",
+    )
+    demo.add_argument("--images", type=Path, metavar="DIR", help="your images")
+    demo.add_argument("--annotations", type=Path, metavar="FILE", help="their COCO-format JSON")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("alphafpn-demo"),
+        help="default: %(default)s",
+    )
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    from alphafpn.pipeline import estimate_alpha_for
+    from alphafpn.report import warnings
+
+    model = _detector(options)
+    estimate = estimate_alpha_for(
+        model,
+        options.annotations,
+        category_ids=options.categories,
+        clamp=None if options.no_clamp else (0.2, 2.0),
+    )
+    if options.plot is not None:
+        _save_plot(estimate, options.plot)
+    if options.json:
+        print(json.dumps(estimate.to_dict(), allow_nan=False))
+        for text in warnings(estimate):
+            print("warning:", text, file=sys.stderr)
+    else:
+        print(estimate.summary())
+
+
+def _detector(options: argparse.Namespace) -> nn.Module:
+    """The detector by name, without weights: only its anchors and sizes matter."""
+    import torch
+    from torchvision.models import detection, get_model_builder, list_models
+
+    names = [name for name in list_models(module=detection) if "_fpn" in name]
+    if options.detector not in (*names, *TINY):
+        raise ValueError(
+            f"--detector: no feature pyramid detector named {options.detector!r}; known are "
+            + ", ".join([*names, *TINY])
+        )
+    sizes = {"min_size": options.min_size, "max_size": options.max_size}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if options.detector in TINY:
+        from alphafpn import tiny
+
+        if given:
+            raise ValueError(
+                f"{options.detector} does not resize: leave out --min-size, --max-size"
+            )
+        builder = getattr(tiny, options.detector)
+    else:
+        builder = get_model_builder(options.detector)
+    with torch.device("meta"):
+        model: nn.Module = builder(weights=None, weights_backbone=None, **given)
+    if options.anchor_sizes or options.aspect_ratios:
+        _set_anchors(model, options.anchor_sizes, options.aspect_ratios)
+    return model
+
+
+def _set_anchors(
+    model: nn.Module, sizes: list[tuple[float, ...]] | None, ratios: list[float] | None
+) -> None:
+    """Gives `model` other anchors; its head would no longer fit, but it is not used."""
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+    owner: Any = getattr(model, "rpn", model)
+    old = owner.anchor_generator
+    if sizes is not None and len(sizes) != len(old.sizes):
+        raise ValueError(
+            f"--anchor-sizes: one argument per level expected, {len(old.sizes)}, found {len(sizes)}"
+        )
+    owner.anchor_generator = AnchorGenerator(
+        tuple(sizes) if sizes is not None else old.sizes,
+        (tuple(ratios),) * len(old.sizes) if ratios is not None else old.aspect_ratios,
+    )
+
+
+def _save_plot(estimate: AlphaEstimate, path: Path) -> None:
+    """Writes the picture whole or not at all."""
+    figure = estimate.plot().get_figure(root=True)
+    assert figure is not None
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.lstrip(".") or "png", dpi=150)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(picture.getvalue())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    if (options.images is None) != (options.annotations is None):
+        raise ValueError("--images and --annotations go together")
+    from alphafpn.demo import run_demo
+
+    outcome = run_demo(out=options.out, images=options.images, annotations=options.annotations)
+    print(json.dumps(outcome, allow_nan=False, indent=2))
+
+
+def _version() -> str:
+    from alphafpn import __version__
+
+    return f"alphafpn {__version__}"
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a positive whole number expected, found {text!r}")
+    return int(text)
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"a positive number expected, found {text!r}")
+    return value
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(_positive_float(part) for part in text.split(","))
