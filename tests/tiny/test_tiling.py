@@ -1,0 +1,512 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from alphafpn.tiny.tiling import cut_dataset, merge_detections, read_tile
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+
+
+def corners(width, height, **options):
+    image = {"id": 1, "width": width, "height": height}
+    tiles = cut_dataset({"images": [image], "annotations": []}, **options)["images"]
+    return [tile["corner"] for tile in tiles]
+
+
+def dataset(width, height, boxes, **keys):
+    annotations = [
+        {"id": 10 + index, "image_id": 5, "category_id": 1, "bbox": list(box), **keys}
+        for index, box in enumerate(boxes)
+    ]
+    image = {"id": 5, "width": width, "height": height, "file_name": "a/b.jpg"}
+    return {"images": [image], "annotations": annotations, "categories": [{"id": 1}]}
+
+
+def test_tiles_of_the_published_example():
+    assert corners(1280, 720) == [[x, y, x + 640, y + 512] for y in (0, 208) for x in (0, 590, 640)]
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000))
+def test_tiles_are_those_of_sahi(width, height):
+    slicing = pytest.importorskip("sahi.slicing")
+    expected = slicing.get_slice_bboxes(
+        height, width, 512, 640, overlap_height_ratio=50 / 512, overlap_width_ratio=50 / 640
+    )
+    assert sorted(corners(width, height)) == sorted(expected)
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 90), st.integers(1, 90), st.data())
+def test_tiles_cover_the_image_and_overlap_enough(width, height, tile_width, tile_height, data):
+    overlap = [data.draw(st.integers(0, side - 1)) for side in (tile_width, tile_height)]
+    tiles = corners(width, height, tile_size=(tile_width, tile_height), overlap=tuple(overlap))
+    assert len({tuple(tile) for tile in tiles}) == len(tiles)
+    for axis, (length, side) in enumerate([(width, tile_width), (height, tile_height)]):
+        spans = sorted({(tile[axis], tile[axis + 2]) for tile in tiles})
+        assert spans[0][0] == 0
+        assert spans[-1][1] == length
+        assert all(end - start == min(side, length) for start, end in spans)
+        pairs = list(itertools.pairwise(spans))
+        assert all(end - start == overlap[axis] for (_, end), (start, _) in pairs[:-1])
+        assert all(end - start >= overlap[axis] for (_, end), (start, _) in pairs[-1:])
+        # No tile but the last is shifted, and none is there that the others make superfluous.
+        assert all(end < length for _, end in spans[:-1])
+
+
+def quarters(low, high):
+    """Numbers whose sums and products are exact."""
+    return st.integers(4 * low, 4 * high).map(lambda number: number / 4)
+
+
+@given(
+    st.lists(
+        st.tuples(quarters(-30, 150), quarters(-30, 150), quarters(0, 80), quarters(0, 80)),
+        max_size=6,
+    ),
+    st.sampled_from([0.0, 0.5, 0.7, 1.0]),
+)
+def test_boxes_are_those_of_the_rule_taken_literally(boxes, ratio):
+    cut = cut_dataset(
+        dataset(130, 90, boxes), tile_size=(64, 48), overlap=(8, 6), min_size_ratio=ratio
+    )
+    expected = []
+    for tile in cut["images"]:
+        x1, y1, x2, y2 = tile["corner"]
+        for index, (x, y, w, h) in enumerate(boxes):
+            left, top = max(x, x1), max(y, y1)
+            wide, high = min(x + w, x2) - left, min(y + h, y2) - top
+            if min(wide, high) > 0 and math.sqrt(wide * high) / math.sqrt(w * h) >= ratio:
+                expected.append(
+                    {
+                        "image_id": tile["id"],
+                        "original_annotation_id": 10 + index,
+                        "bbox": [left - x1, top - y1, wide, high],
+                        "area": wide * high,
+                        "size": math.sqrt(wide * high),
+                        "category_id": 1,
+                        "id": len(expected) + 1,
+                    }
+                )
+    assert cut["annotations"] == expected
+
+
+@pytest.mark.parametrize(("corner", "there"), [((93, 43), True), ((93.25, 43), False)])
+def test_a_box_needs_seven_tenths_of_its_size(corner, there):
+    # 7 x 7 of 10 x 10 pixels in the first tile is exactly enough; the last tile has all of it.
+    source = dataset(180, 90, [[*corner, 10, 10]])
+    cut = cut_dataset(source, tile_size=(100, 50), overlap=(20, 10))
+    tiles = [annotation["image_id"] for annotation in cut["annotations"]]
+    assert (1 in tiles) == there
+    assert 4 in tiles
+
+
+def test_everything_else_is_kept():
+    box = [90.25, 10.5, 5.3, 7.7]
+    source = dataset(
+        200, 50, [box], ignore=True, uncertain=False, iscrowd=0, attributes={"pose": [1, "sit"]},
+        area=1.0, size=1.0, segmentation=[[0, 0, 1, 1, 2, 2]], keypoints=[1, 2, 2],
+    )  # fmt: skip
+    source["info"] = {"year": 2021}
+    source["images"][0]["scene"] = "beach"
+    before = copy.deepcopy(source)
+    cut = cut_dataset(source, tile_size=(100, 50), overlap=(20, 0))
+    assert source == before
+    assert {key: cut[key] for key in ("info", "categories")} == {
+        key: source[key] for key in ("info", "categories")
+    }
+    assert cut["images"][1] == {
+        "id": 2, "width": 100, "height": 50, "file_name": "a/b.jpg", "scene": "beach",
+        "corner": [80, 0, 180, 50], "original_image_id": 5,
+    }  # fmt: skip
+    first, second = cut["annotations"]
+    assert first["bbox"] == box
+    assert second == {
+        "id": 2, "image_id": 2, "category_id": 1, "bbox": [10.25, 10.5, 5.3, 7.7],
+        "ignore": True, "uncertain": False, "iscrowd": 0, "attributes": {"pose": [1, "sit"]},
+        "area": 5.3 * 7.7, "size": math.sqrt(5.3 * 7.7), "original_annotation_id": 10,
+    }  # fmt: skip
+
+
+def test_empty_tiles_are_kept_or_not():
+    source = dataset(400, 50, [[150, 10, 10, 10]])
+    options = {"tile_size": (100, 50), "overlap": (0, 0)}
+    every = cut_dataset(source, **options)
+    some = cut_dataset(source, **options, keep_empty=False)
+    assert [tile["corner"][0] for tile in every["images"]] == [0, 100, 200, 300]
+    assert [(tile["id"], tile["corner"][0]) for tile in some["images"]] == [(1, 100)]
+    assert [annotation["image_id"] for annotation in some["annotations"]] == [1]
+
+
+def test_a_path_and_arrays_do_as_well(tmp_path):
+    source = dataset(700, 50, [[0, 0, 9, 9], [630, 5, 10, 10]])
+    (tmp_path / "train.json").write_text(json.dumps(source))
+    expected = cut_dataset(source)
+    assert cut_dataset(tmp_path / "train.json") == expected
+    for annotation in source["annotations"]:
+        annotation["bbox"] = np.array(annotation["bbox"], np.float32)
+    assert cut_dataset(source) == expected
+
+
+def legacy_iou(a, b):
+    inter = 1.0
+    for axis in (0, 1):
+        low = max(a[axis], b[axis])
+        inter *= max(0, min(a[axis] + a[axis + 2], b[axis] + b[axis + 2]) - low + 1)
+    areas = [(box[2] + 1) * (box[3] + 1) for box in (a, b)]
+    return inter / (sum(areas) - inter)
+
+
+def literal_merge(detections, tiles):
+    whole = []
+    for detection in detections:
+        tile = next(t for t in tiles["images"] if t["id"] == detection["image_id"])
+        x, y, w, h = detection["bbox"]
+        box = [x + tile["corner"][0], y + tile["corner"][1], w, h]
+        whole.append({**detection, "image_id": tile["original_image_id"], "bbox": box})
+    kept = []
+    for index in sorted(range(len(whole)), key=lambda i: -whole[i]["score"]):
+        same = [k for k in kept if whole[k]["image_id"] == whole[index]["image_id"]]
+        if all(legacy_iou(whole[k]["bbox"], whole[index]["bbox"]) < 0.5 for k in same):
+            kept.append(index)
+    return [whole[index] for index in sorted(kept)]
+
+
+@given(st.data())
+def test_merging_is_the_literal_suppression(data):
+    images = [{"id": i, "width": 90, "height": 40} for i in (3, 8)]
+    tiles = cut_dataset({"images": images, "annotations": []}, tile_size=(40, 40), overlap=(10, 0))
+    coordinate = st.integers(0, 30)  # whole numbers, so that overlaps of exactly one half occur
+    detection = st.fixed_dictionaries(
+        {
+            "image_id": st.sampled_from([tile["id"] for tile in tiles["images"]]),
+            "category_id": st.integers(1, 2),
+            "bbox": st.tuples(coordinate, coordinate, coordinate, coordinate).map(list),
+            "score": st.sampled_from([0.1, 0.25, 0.5, 0.9]),
+        }
+    )
+    detections = data.draw(st.lists(detection, max_size=25))
+    assert merge_detections(detections, tiles) == literal_merge(detections, tiles)
+
+
+def test_an_overlap_of_exactly_one_half_in_the_legacy_metric_suppresses():
+    tiles = cut_dataset(dataset(100, 100, []))
+    found = [
+        {"image_id": 1, "bbox": [x, 20, 8, 8], "score": score, "mark": x}
+        for x, score in [(20, 0.8), (23, 0.9), (40, 0.8), (44, 0.9)]
+    ]
+    assert [detection["mark"] for detection in merge_detections(found, tiles)] == [23, 40, 44]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 400),
+    st.integers(1, 400),
+    st.lists(st.tuples(*[st.floats(0, 1)] * 4), max_size=12),
+)
+def test_cut_and_merged_ground_truth_is_the_ground_truth(width, height, parts):
+    overlap = 20
+    boxes: list[list[float]] = []
+    for across, down, wide, high in parts:
+        w, h = min(1 + 19 * wide, width), min(1 + 19 * high, height)
+        box = [across * (width - w), down * (height - h), w, h]
+        if all(legacy_iou(box, other) < 0.1 for other in boxes):
+            boxes.append(box)
+    cut = cut_dataset(
+        dataset(width, height, boxes), tile_size=(100, 80), overlap=(overlap, overlap)
+    )
+    # No box is larger than the overlap: each is whole in at least one tile.
+    assert {a["original_annotation_id"] for a in cut["annotations"]} == {
+        10 + index for index in range(len(boxes))
+    }
+    whole = {10 + index: box[2] * box[3] for index, box in enumerate(boxes)}
+    detections = [
+        {
+            "image_id": annotation["image_id"],
+            "bbox": annotation["bbox"],
+            "score": 0.5 * annotation["area"] / whole[annotation["original_annotation_id"]]
+            - 1e-6 * annotation["id"],
+            "truth": annotation["original_annotation_id"],
+        }
+        for annotation in cut["annotations"]
+    ]
+    merged = merge_detections(detections, cut)
+    full = [d for d in merged if d["score"] > 0.5 - 1e-3]
+    assert sorted(d["truth"] for d in full) == sorted(whole)
+    for detection in full:
+        assert detection["bbox"] == pytest.approx(boxes[detection["truth"] - 10], abs=1e-9)
+        assert detection["image_id"] == 5
+
+
+def test_boxes_well_inside_come_back_alone():
+    boxes = [[x, y, 12, 15] for x in (70, 200, 610) for y in (80, 300, 600)]
+    cut = cut_dataset(dataset(1000, 800, boxes))
+    detections = [
+        {"image_id": a["image_id"], "bbox": a["bbox"], "score": 1 - 1e-6 * a["id"]}
+        for a in cut["annotations"]
+    ]
+    assert len(detections) > len(boxes)
+    assert sorted(d["bbox"] for d in merge_detections(detections, cut)) == sorted(boxes)
+
+
+def test_real_boxes_up_to_the_overlap_are_all_in_some_tile():
+    path = SHARED / "data/tinyperson_native_boxes.json"
+    if not path.exists():
+        pytest.skip(f"{path} is missing")
+    source = json.loads(path.read_text())
+    source["images"] = source["images"][:150]
+    ids = {image["id"] for image in source["images"]}
+    source["annotations"] = [a for a in source["annotations"] if a["image_id"] in ids]
+    cut = cut_dataset(source)
+    sizes = {image["id"]: (image["width"], image["height"]) for image in source["images"]}
+    inside = {
+        a["id"]
+        for a in source["annotations"]
+        if min(a["bbox"][2:]) > 0
+        and max(a["bbox"][2:]) <= 50
+        and min(a["bbox"][:2]) >= 0
+        and a["bbox"][0] + a["bbox"][2] <= sizes[a["image_id"]][0]
+        and a["bbox"][1] + a["bbox"][3] <= sizes[a["image_id"]][1]
+    }
+    assert len(inside) > 1000
+    assert inside <= {a["original_annotation_id"] for a in cut["annotations"]}
+
+
+OPTIONS = {"tile_size": (40, 30), "overlap": (10, 5)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two images with their annotations, in a folder of its own."""
+    rng = np.random.default_rng(0)
+    source = {"images": [], "annotations": []}
+    for index, (name, width, height) in enumerate([("a.png", 90, 50), ("sub/b.png", 35, 30)]):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(path)
+        source["images"].append({"id": index, "width": width, "height": height, "file_name": name})
+        box = {"id": index, "image_id": index, "bbox": [5, 5, 20, 20]}
+        source["annotations"].append(box)
+    return tmp_path, source
+
+
+def write(folder, source, **options):
+    return cut_dataset(source, images=folder / "images", out=folder / "out", **(OPTIONS | options))
+
+
+def files(folder):
+    paths = sorted(path for path in (folder / "out").rglob("*") if path.is_file())
+    return {str(path.relative_to(folder / "out")): path.read_bytes() for path in paths}
+
+
+def test_written_tiles_are_the_regions(folder):
+    path, source = folder
+    written = write(path, source)
+    assert json.loads((path / "out/annotations.json").read_text()) == written
+    assert written["images"][1]["file_name"] == "a_30_0_70_30.png"
+    assert written["images"][-1]["file_name"] == "sub/b_0_0_35_30.png"
+    on_the_fly = cut_dataset(source, **OPTIONS)
+    assert written["annotations"] == on_the_fly["annotations"]
+    for own, region in zip(written["images"], on_the_fly["images"], strict=True):
+        x1, y1, x2, y2 = region["corner"]
+        expected = np.asarray(Image.open(path / "images" / region["file_name"]))[y1:y2, x1:x2]
+        for tile, root in [(own, path / "out/images"), (region, path / "images")]:
+            found = read_tile(tile, root)
+            assert found.mode == "RGB"
+            np.testing.assert_array_equal(np.asarray(found), expected)
+    assert len(files(path)) == len(written["images"]) + 1
+    assert not list((path / "out").glob(".partial-*"))
+
+
+@pytest.mark.parametrize("survived", range(9))
+def test_an_interrupted_run_leaves_only_whole_files_and_is_resumed(folder, survived, monkeypatch):
+    path, source = folder
+    replace, calls = os.replace, []
+
+    def failing(start, end):
+        if len(calls) == survived:
+            raise KeyboardInterrupt
+        calls.append(end)
+        replace(start, end)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        if survived < 8:
+            with pytest.raises(KeyboardInterrupt):
+                write(path, source)
+            assert len(calls) == survived
+            assert "annotations.json" not in files(path)
+        else:
+            write(path, source)
+    partial = files(path)
+    stamps = {name: (path / "out" / name).stat().st_mtime_ns for name in partial}
+    write(path, source)
+    complete = files(path)
+    assert len(complete) == 8
+    assert partial.items() <= complete.items()
+    assert stamps == {name: (path / "out" / name).stat().st_mtime_ns for name in partial}
+
+
+def test_two_processes_at_once_write_one_result(folder):
+    path, source = folder
+    context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
+    processes = [context.Process(target=write, args=(path, source)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    together = files(path)
+    assert len(together) == 8
+    write(path, source)
+    assert files(path) == together
+
+
+@pytest.mark.parametrize("name", ["images/a_30_0_70_30.png", "annotations.json"])
+@pytest.mark.parametrize("content", [b"something else", "image"])
+def test_no_other_file_is_overwritten(folder, name, content):
+    path, source = folder
+    target = path / "out" / name
+    target.parent.mkdir(parents=True)
+    if content == "image":
+        Image.new("RGB", (40, 30)).save(target, "PNG")
+    else:
+        target.write_bytes(content)
+    before = target.read_bytes()
+    with pytest.raises(FileExistsError, match=target.name):
+        write(path, source)
+    assert target.read_bytes() == before
+
+
+def test_another_tiling_in_the_same_folder_is_refused_before_anything_is_written(folder):
+    path, source = folder
+    write(path, source)
+    before = files(path)
+    with pytest.raises(FileExistsError, match=r"annotations\.json"):
+        write(path, source, overlap=(0, 0))
+    assert files(path) == before
+
+
+def test_bad_images_are_named(folder):
+    path, source = folder
+    source["images"][1]["width"] = 36
+    with pytest.raises(ValueError, match=r"b\.png: 35 x 30 pixels, expected 36 x 30"):
+        write(path, source)
+    tile = {"id": 4, "width": 5, "height": 5, "corner": [60, 0, 91, 30], "file_name": "a.png"}
+    with pytest.raises(ValueError, match=r"a\.png: 90 x 50 pixels, expected at least 91 x 30"):
+        read_tile(tile, path / "images")
+    half = (path / "images/a.png").read_bytes()
+    (path / "images/a.png").write_bytes(half[: len(half) // 2])
+    with pytest.raises(ValueError, match=r"a\.png: .*expected a complete image"):
+        read_tile(tile, path / "images")
+    (path / "images/a.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.png"):
+        read_tile(tile, path / "images")
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/tmp/a.png", "", None])
+def test_files_outside_of_the_folder_are_refused(folder, name):
+    path, source = folder
+    source["images"][0]["file_name"] = name
+    with pytest.raises(ValueError, match="in the folder of images"):
+        write(path, source)
+    assert not (path / "out").exists()
+
+
+def test_images_that_differ_in_the_suffix_alone_are_refused(folder):
+    path, source = folder
+    source["images"].append({**source["images"][0], "id": 2, "file_name": "a.jpg"})
+    with pytest.raises(ValueError, match=r"'a\.png' and 'a\.jpg'"):
+        write(path, source)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overlap": (640, 0)}, "overlap"),
+        ({"overlap": (-1, 0)}, "overlap"),
+        ({"tile_size": (0, 10), "overlap": (0, 0)}, "tile_size"),
+        ({"min_size_ratio": 1.1}, "min_size_ratio"),
+        ({"min_size_ratio": math.nan}, "min_size_ratio"),
+        ({"out": "somewhere"}, "expected both or neither"),
+        ({"images": "somewhere"}, "expected both or neither"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        cut_dataset(dataset(10, 10, []), **options)
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value", "message"),
+    [
+        ("images", "width", 0, r"images\[0\]\.width.*>= 1"),
+        ("images", "height", "9", r"images\[0\]\.height: Expected `int`"),
+        ("images", "id", None, r"images\[0\]\.id: Expected `int`"),
+        ("images", "corner", [0, 0, 1, 1], r"images\[0\]: has a corner"),
+        ("annotations", "image_id", 6, r"annotations\[0\]: image_id 6"),
+        ("annotations", "bbox", [1, 2, 3], r"annotations\[0\]\.bbox"),
+        ("annotations", "bbox", [1, 2, -3, 4], r"annotations\[0\]: bbox .*no negative size"),
+        ("annotations", "bbox", [1, math.nan, 3, 4], r"annotations\[0\]: bbox .*finite"),
+        ("annotations", "id", 11, r"annotations\[1\]: id 11"),
+    ],
+)
+def test_bad_entries_are_named(place, key, value, message, tmp_path):
+    source = dataset(10, 10, [[1, 1, 2, 2], [1, 1, 2, 2]])
+    source[place][0][key] = value
+    (tmp_path / "x.json").write_text(json.dumps(source))
+    with pytest.raises(ValueError, match=message):
+        cut_dataset(source)
+    with pytest.raises(ValueError, match=r"x\.json: dataset\." + message):
+        cut_dataset(tmp_path / "x.json")
+
+
+def test_bad_files_and_types_are_named(tmp_path):
+    (tmp_path / "x.json").write_text('{"images": [')
+    with pytest.raises(ValueError, match=r"x\.json: dataset is not valid JSON: .*line 1"):
+        cut_dataset(tmp_path / "x.json")
+    with pytest.raises(ValueError, match=r"dataset: .*annotations"):
+        cut_dataset({"images": []})
+    with pytest.raises(TypeError, match="a object in COCO data"):
+        cut_dataset({"images": [], "annotations": [], "info": object()})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("image_id", 2, r"detections\[1\]: image_id 2"),
+        ("bbox", [0, 0, -1, 1], r"detections\[1\]: bbox"),
+        ("score", math.inf, r"detections\[1\]: score inf"),
+        ("score", "high", r"detections\[1\]\.score: Expected `float`"),
+    ],
+)
+def test_bad_detections_are_named(key, value, message):
+    tiles = cut_dataset(dataset(100, 100, []))
+    good = {"image_id": 1, "bbox": [0, 0, 5, 5], "score": 0.5}
+    with pytest.raises(ValueError, match=message):
+        merge_detections([good, {**good, key: value}], tiles)
+
+
+def test_nothing_merges_into_nothing():
+    assert merge_detections([], cut_dataset({"images": [], "annotations": []})) == []
+    with pytest.raises(ValueError, match=r"tiles\.images\[0\].*original_image_id"):
+        merge_detections([], dataset(10, 10, []))
+
+
+def test_merging_keeps_what_it_knows_nothing_of_but_not_shapes_in_the_tiles_pixels():
+    tiles = cut_dataset(dataset(100, 100, []))
+    found = {"image_id": 1, "bbox": [0, 0, 5, 5], "score": 0.5, "category_id": 3, "note": ["x"]}
+    given_ = copy.deepcopy(found) | {"segmentation": {"size": [1, 1], "counts": "1"}}
+    before = copy.deepcopy(given_)
+    assert merge_detections([given_], tiles) == [found | {"image_id": 5}]
+    assert given_ == before
