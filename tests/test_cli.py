@@ -1,0 +1,161 @@
+"""The command line: what it prints where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torchvision.models import detection
+
+from alphafpn import estimate_alpha_for
+from alphafpn.cli import main
+from tests.malformed import MALFORMED, coco
+
+RETINANET = ("--detector", "retinanet_resnet50_fpn_v2")
+
+
+@pytest.fixture
+def annotations(tmp_path: Path) -> Path:
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(coco()))
+    return path
+
+
+def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "alphafpn", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        check=False,
+    )
+
+
+def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line of an error."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in arguments])
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("alphafpn: error: ")
+    assert captured.err.count("\n") == 1
+    assert len(captured.err) < 1000
+    return captured.err
+
+
+def test_json_is_the_estimate_of_the_library(annotations, capsys):
+    main(["estimate", str(annotations), *RETINANET, "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    model = detection.retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None)
+    assert printed == estimate_alpha_for(model, annotations).to_dict()
+    assert {
+        "alpha", "ratios", "counts", "level_names", "num_boxes", "num_unmatched",
+        "confidence_interval",
+    } <= printed.keys()  # fmt: skip
+
+
+def test_table_shows_levels_and_factors(annotations, capsys):
+    main(["estimate", str(annotations), *RETINANET])
+    out = capsys.readouterr().out
+    for text in ("P3", "P7", "P4 -> P3", "2 boxes on 2 images", "alpha"):
+        assert text in out
+
+
+def test_options_reach_the_detector(annotations, capsys):
+    ours = ("--anchor-sizes", "8", "16", "32", "64", "128,160", "--aspect-ratios", "1", "2")
+    sizes = ("--min-size", "320", "480", "--max-size", "700")
+    detector = ("--detector", "fasterrcnn_resnet50_fpn")
+    main(["estimate", str(annotations), *detector, *ours, *sizes, "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    generator = detection.anchor_utils.AnchorGenerator(
+        ((8,), (16,), (32,), (64,), (128, 160)), ((1.0, 2.0),) * 5
+    )
+    model = detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=(320, 480), max_size=700
+    )
+    model.rpn.anchor_generator = generator
+    expected = estimate_alpha_for(model, annotations).to_dict()
+    assert printed == expected
+    assert printed["num_sizes"] == 2
+    assert printed["anchors_per_cell"] == [2, 2, 2, 2, 4]
+
+
+def test_categories_and_clamp(annotations, capsys):
+    main(["estimate", str(annotations), *RETINANET, "--categories", "1", "--no-clamp", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["clamp"] is None
+    assert "categories" in fail(capsys, "estimate", annotations, *RETINANET, "--categories", "99")
+
+
+def test_plot_is_a_picture(annotations, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "counts.png"
+    main(["estimate", str(annotations), *RETINANET, "--plot", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(picture) in capsys.readouterr().err
+    before = sorted(tmp_path.iterdir())
+    fail(capsys, "estimate", annotations, *RETINANET, "--plot", tmp_path / "counts.nonsense")
+    fail(capsys, "estimate", annotations, *RETINANET, "--plot", tmp_path / "nowhere" / "a.png")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_files_are_one_line_and_exit_code_2(name, tmp_path, capsys):
+    path = tmp_path / "broken.json"
+    path.write_bytes(MALFORMED[name].content)
+    assert str(path) in fail(capsys, "estimate", path, *RETINANET)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "COMMAND"),
+        (("frobnicate",), "frobnicate"),
+        (("estimate",), "ANNOTATIONS"),
+        (("estimate", "a.json"), "--detector"),
+        (("estimate", "nowhere.json", *RETINANET), "nowhere.json"),
+        (("estimate", "a.json", "--detector", "ssd300_vgg16"), "ssd300_vgg16"),
+        (("estimate", "a.json", *RETINANET, "--min-size", "0"), "--min-size"),
+        (("estimate", "a.json", *RETINANET, "--anchor-sizes", "8,x"), "'x'"),
+        (("estimate", "a.json", *RETINANET, "--anchor-sizes", "8", "16"), "5, found 2"),
+        (("estimate", "a.json", *RETINANET, "--aspect-ratios", "nan"), "nan"),
+        (("estimate", "a.json", "--detector", "tiny_retinanet", "--min-size", "8"), "--min-size"),
+        (("demo", "--images", "somewhere"), "--annotations"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, message, capsys):
+    assert message in fail(capsys, *arguments)
+
+
+def test_mobilenet_is_refused_with_its_levels(annotations, capsys):
+    error = fail(
+        capsys, "estimate", annotations, "--detector", "fasterrcnn_mobilenet_v3_large_fpn"
+    )
+    assert "level 1" in error
+    assert "level 0" in error
+
+
+@pytest.mark.parametrize("name", ["tiny_retinanet", "tiny_faster_rcnn"])
+def test_tiny_detectors_by_name(name, annotations, capsys):
+    main(["estimate", str(annotations), "--detector", name, "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["level_names"] == ["P2", "P3", "P4", "P5", "P6"]
+    assert printed["num_boxes"] == 2
+
+
+def test_as_a_program(annotations, tmp_path):
+    good = run("estimate", annotations, *RETINANET, "--json")
+    assert good.returncode == 0
+    assert json.loads(good.stdout)["num_boxes"] == 2
+    bad = run("estimate", tmp_path, *RETINANET)
+    assert bad.returncode == 2
+    assert bad.stdout == ""
+    assert bad.stderr.startswith("alphafpn: error: ")
+    assert bad.stderr.count("\n") == 1
+    assert "Traceback" not in bad.stderr
