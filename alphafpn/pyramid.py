@@ -168,12 +168,14 @@ class AlphaFeaturePyramidNetwork(FeaturePyramidNetwork):  # type: ignore[misc]
     def extra_repr(self) -> str:
         """Shows the factors in `print(model)`."""
         if hasattr(self, "gates"):
-            kind, values = ", attention", [gate.init for gate in self.gates]
+            kind, tensors = ", attention", [gate.init for gate in self.gates]
         else:
             kind = ", learnable" if isinstance(self.alpha, nn.Parameter) else ""
-            values = list(self.alpha.detach())
-        shown = ", ".join("?" if value.is_meta else f"{float(value):.4g}" for value in values)
-        return f"alpha=[{shown}]{kind}"
+            tensors = [self.alpha.detach()]
+        # Meta tensors have no values, and to read sharded ones would be a collective operation.
+        readable = all(type(tensor) is Tensor and not tensor.is_meta for tensor in tensors)
+        values = [f"{v:.4g}" for t in tensors for v in t.flatten().tolist()] if readable else ["?"]
+        return f"alpha=[{', '.join(values)}]{kind}"
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, *rest: Any

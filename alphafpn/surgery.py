@@ -94,7 +94,8 @@ def fold_alpha(model: M) -> M:
     last weight and bias (the normalisation's where it has one), and the convolution of layer block
     i by 1/c_i in its weight, so that it undoes c_i before anything else sees it. Extra blocks see
     backbone features and finished output maps only, and stay as they are. Learnable factors fold
-    at their present value. Fold for deployment: the state of an optimizer is not rescaled.
+    at their present value. The state of an optimizer is not rescaled. A folded checkpoint belongs
+    in a stock model: a patched one takes it without complaint, and applies its factors once more.
 
     Args:
         model: As in `patch_detector`.

@@ -12,16 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyramids import (
-    CHANNELS,
-    EXTRAS,
-    NORMS,
-    OUT,
-    assert_equal_maps,
-    literal_pyramid,
-    make_features,
-    make_pyramid,
-)
 from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
 
@@ -30,6 +20,16 @@ from alphafpn.pyramid import (
     AttentionAlpha,
     LearnableAlpha,
     alpha_parameters,
+)
+from tests.pyramids import (
+    CHANNELS,
+    EXTRAS,
+    NORMS,
+    OUT,
+    assert_equal_maps,
+    literal_pyramid,
+    make_features,
+    make_pyramid,
 )
 
 FACTORS = (0.367, 0.387, 0.368)

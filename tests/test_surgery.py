@@ -12,15 +12,6 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyramids import (
-    EXTRAS,
-    NORMS,
-    OUT,
-    assert_equal_maps,
-    make_features,
-    make_pyramid,
-    relative_error,
-)
 from torch import nn
 from torch.nn.utils import prune
 from torchvision.models import detection
@@ -35,6 +26,15 @@ from alphafpn.pyramid import (
     alpha_parameters,
 )
 from alphafpn.surgery import fold_alpha, patch_detector, unpatch_detector
+from tests.pyramids import (
+    EXTRAS,
+    NORMS,
+    OUT,
+    assert_equal_maps,
+    make_features,
+    make_pyramid,
+    relative_error,
+)
 
 FACTORS = [0.367, 0.387, 0.368]
 KINDS = [list, LearnableAlpha, AttentionAlpha]
@@ -460,6 +460,15 @@ def test_blocks_that_are_plain_convolutions_fold():
             blocks[level] = blocks[level][0]
     patched = patch_detector(fpn, FACTORS)(make_features())
     assert relative_error(fold_alpha(fpn)(make_features()), patched) < 1e-6
+
+
+def test_convolutions_without_bias_fold():
+    model = make_detector()
+    for block in (*model.fpn.inner_blocks, *model.fpn.layer_blocks):
+        block[0].bias = None
+    model.register_module("nothing", None)
+    patched = patch_detector(model, FACTORS)(make_features())
+    assert relative_error(fold_alpha(model)(make_features()), patched) < 1e-6
 
 
 def test_a_pyramid_used_twice_folds_once():
