@@ -16,6 +16,7 @@ from PIL import Image
 
 from alphafpn.tiny.tiling import cut_dataset, merge_detections, read_tile
 
+unhurried = settings(deadline=None, max_examples=50)
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 
@@ -38,6 +39,7 @@ def test_tiles_of_the_published_example():
     assert corners(1280, 720) == [[x, y, x + 640, y + 512] for y in (0, 208) for x in (0, 590, 640)]
 
 
+@unhurried
 @given(st.integers(1, 3000), st.integers(1, 3000))
 def test_tiles_are_those_of_sahi(width, height):
     slicing = pytest.importorskip("sahi.slicing")
@@ -47,6 +49,7 @@ def test_tiles_are_those_of_sahi(width, height):
     assert sorted(corners(width, height)) == sorted(expected)
 
 
+@unhurried
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 90), st.integers(1, 90), st.data())
 def test_tiles_cover_the_image_and_overlap_enough(width, height, tile_width, tile_height, data):
     overlap = [data.draw(st.integers(0, side - 1)) for side in (tile_width, tile_height)]
@@ -69,6 +72,7 @@ def quarters(low, high):
     return st.integers(4 * low, 4 * high).map(lambda number: number / 4)
 
 
+@unhurried
 @given(
     st.lists(
         st.tuples(quarters(-30, 150), quarters(-30, 150), quarters(0, 80), quarters(0, 80)),
@@ -182,6 +186,7 @@ def literal_merge(detections, tiles):
     return [whole[index] for index in sorted(kept)]
 
 
+@unhurried
 @given(st.data())
 def test_merging_is_the_literal_suppression(data):
     images = [{"id": i, "width": 90, "height": 40} for i in (3, 8)]
@@ -208,7 +213,7 @@ def test_an_overlap_of_exactly_one_half_in_the_legacy_metric_suppresses():
     assert [detection["mark"] for detection in merge_detections(found, tiles)] == [23, 40, 44]
 
 
-@settings(max_examples=50, deadline=None)
+@unhurried
 @given(
     st.integers(1, 400),
     st.integers(1, 400),

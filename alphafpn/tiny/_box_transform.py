@@ -1,0 +1,127 @@
+"""What transforms that drop boxes have in common."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F  # noqa: N812
+
+PER_IMAGE = ("image_id", "original_image_id", "orig_size", "corner")
+
+_IMAGES = (PIL.Image.Image, tv_tensors.Image, tv_tensors.Video)
+
+
+class BoxTransform(v2.Transform):  # type: ignore[misc]
+    """A v2 transform that drops boxes, and with them all that belongs to them.
+
+    Modifications of `v2.Transform`: `make_params` is given the image, the boxes (or None) and the
+    target, the dict that holds the boxes (or an empty one). Among what it returns is `kept`, a
+    bool tensor `[N]` on the CPU; only what is kept gets to `transform`.
+
+    Args:
+        per_image: Keys of the target whose values are never taken for entries per box.
+    """
+
+    def __init__(self, per_image: Sequence[str]) -> None:
+        super().__init__()
+        self.per_image = (per_image,) if isinstance(per_image, str) else tuple(per_image)
+
+    def forward(self, *inputs: Any) -> Any:
+        """Transform a sample of any structure."""
+        sample = inputs if len(inputs) > 1 else inputs[0]
+        image = _image(sample)
+        target = _target(sample) or {}
+        boxes = next((e for e in target.values() if isinstance(e, tv_tensors.BoundingBoxes)), None)
+        params = self.make_params([image, boxes, target])
+
+        rest = copy.copy(target)
+        for key, entry in target.items():
+            if entry is not image and key not in self.per_image:
+                rest[key] = _select(entry, params["kept"])
+        sample = tree_map(
+            lambda node: rest if node is target else node,
+            sample,
+            is_leaf=lambda node: node is target,
+        )
+
+        def apply(leaf: Any) -> Any:
+            if leaf is image or isinstance(leaf, (*_IMAGES, tv_tensors.TVTensor)):
+                return self.transform(leaf, params)
+            return leaf
+
+        return tree_map(apply, sample)
+
+
+def to_xywh(boxes: tv_tensors.BoundingBoxes | None) -> Tensor:
+    """Boxes of any format as `xywh`, `[N, 4]` in float64 on the CPU.
+
+    Raises:
+        ValueError: If boxes are rotated, inverted or not finite.
+    """
+    if boxes is None:
+        return torch.empty(0, 4, dtype=torch.float64)
+    if boxes.shape[-1] != 4:
+        raise ValueError(
+            f"boxes of format {boxes.format.value}, expected boxes parallel to the axes"
+        )
+    converted = F.convert_bounding_box_format(boxes, new_format=tv_tensors.BoundingBoxFormat.XYWH)
+    plain: Tensor = converted.as_subclass(Tensor).double().cpu()
+    good = plain.isfinite().all(1) & (plain[:, 2:] >= 0).all(1)
+    if not good.all():
+        index = int(good.int().argmin())
+        found = f"boxes[{index}] is {boxes[index].tolist()} ({boxes.format.value})"
+        raise ValueError(f"{found}, expected finite numbers and no negative size")
+    return plain
+
+
+def _image(sample: Any) -> Any:
+    """As torchvision finds it: the first object of an image's type, else the first plain tensor."""
+    leaves, _ = tree_flatten(sample)
+    images = [leaf for leaf in leaves if isinstance(leaf, _IMAGES)] + [
+        leaf
+        for leaf in leaves
+        if isinstance(leaf, Tensor) and not isinstance(leaf, tv_tensors.TVTensor)
+    ]
+    if not images:
+        raise TypeError(f"no image among {[type(leaf).__name__ for leaf in leaves]}, expected one")
+    return images[0]
+
+
+def _target(node: Any) -> dict[str, Any] | None:
+    """The dict that holds the sample's boxes."""
+    children = node.values() if isinstance(node, Mapping) else node
+    if not isinstance(node, Mapping | list | tuple):
+        return None
+    for child in children:
+        if isinstance(child, tv_tensors.BoundingBoxes):
+            if not isinstance(node, dict):
+                raise TypeError(f"boxes in a {type(node).__name__}, expected them in a dict")
+            return node
+    if isinstance(node, Mapping) and "boxes" in node:
+        found = type(node["boxes"]).__name__
+        raise TypeError(f"boxes are a {found}, expected torchvision.tv_tensors.BoundingBoxes")
+    return next((found for found in map(_target, children) if found is not None), None)
+
+
+def _select(entry: Any, kept: Tensor) -> Any:
+    """Those parts of an entry whose boxes are kept, or all of it if it isn't one part per box."""
+    if isinstance(entry, Tensor):
+        dimensions = 3 if isinstance(entry, tv_tensors.Mask) else 1  # a mask of [H, W] is one alone
+        if isinstance(entry, _IMAGES) or entry.ndim < dimensions or len(entry) != len(kept):
+            return entry
+        part = entry[kept.to(entry.device)]
+        return tv_tensors.wrap(part, like=entry) if isinstance(entry, tv_tensors.TVTensor) else part
+    if isinstance(entry, np.ndarray) and entry.shape[:1] == kept.shape:
+        return entry[kept.numpy()]
+    if isinstance(entry, list | tuple) and len(entry) == len(kept):
+        return type(entry)(part for part, keep in zip(entry, kept.tolist(), strict=True) if keep)
+    return entry

@@ -1,0 +1,256 @@
+"""Scale Match, as transforms for `torchvision.transforms.v2`.
+
+Scale Match resizes the images of a dataset for pre-training so that its objects become as small as
+those of the dataset to train on afterwards. What no source settles and we chose is marked [I].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F  # noqa: N812
+
+from alphafpn.tiny import _coco
+from alphafpn.tiny._box_transform import PER_IMAGE, BoxTransform, to_xywh
+
+_Floats: TypeAlias = NDArray[np.float64]
+
+_BINS = 100
+_TAIL = 0.01  # share of the sizes in the first and in the last bin
+_DRAWS = 5
+_SLACK = 1e-6
+
+
+class _Annotation(msgspec.Struct):
+    bbox: _coco.Box
+    iscrowd: bool | int = False
+    ignore: bool | int = False
+
+
+class _Annotations(msgspec.Struct):
+    annotations: list[_Annotation]
+
+
+def box_sizes(dataset: _coco.Source | Mapping[str, Any]) -> Tensor:
+    """The sizes that Scale Match compares: square roots of the areas of a dataset's boxes.
+
+    Args:
+        dataset: COCO dict with `annotations`, or the path to one as JSON.
+
+    Returns:
+        `sqrt(w * h)` in pixels, `[N]` in float64. Boxes marked `iscrowd` or `ignore` and boxes
+        without area are left out.
+
+    Raises:
+        ValueError: If an annotation is incomplete, mistyped, not finite or negative in size.
+
+    Examples:
+        >>> boxes = [{"bbox": [5, 5, 4, 9]}, {"bbox": [0, 0, 8, 8], "ignore": True}]
+        >>> box_sizes({"annotations": boxes})
+        tensor([6.], dtype=torch.float64)
+    """
+    name, _, found = _coco.read(dataset, _Annotations, "dataset")
+    boxes = _coco.boxes(f"{name}.annotations", found.annotations)
+    counted = np.array([not (a.iscrowd or a.ignore) for a in found.annotations], np.bool_)
+    sizes = np.sqrt(boxes[:, 2] * boxes[:, 3])
+    return torch.from_numpy(sizes[counted & (sizes > 0)])
+
+
+class ScaleMatch(BoxTransform):
+    """Resize each image so that its objects' mean size is one drawn from the target's sizes.
+
+    The mean is the geometric one of sqrt(w * h) over the image's boxes. The target's law is its
+    rectified histogram: the smallest and the largest 1 % of the sizes are a bin each, and 98 bins
+    of equal width hold the rest; sizes are uniform within a bin. A size is drawn again, five times
+    at most, while the scale that it asks for is outside of `scale_range`.
+
+    Boxes that end up with a side below 2 pixels are dropped, with all that belongs to them (see
+    `per_image`). Sides are counted inclusively, as by the paper's code: one of w pixels becomes
+    (w - 1) * scale + 1. If no box is left, or there was none, the image is resized by
+    `default_scale` instead and keeps all of its boxes.
+
+    It takes the place of a resize in a pipeline. Samples are as for all v2 transforms; boxes are
+    `tv_tensors.BoundingBoxes` in a dict, the target. As with `v2.Resize`, tv_tensors are resized
+    and plain tensors, such as an `area`, are not; images are interpolated bilinearly, with
+    antialiasing. It draws from torch's random numbers.
+
+    Args:
+        target_sizes: sqrt(w * h) of the target dataset's boxes in pixels, `[N]`, as `box_sizes`
+            reads them from its annotations.
+        scale_range: Scales to stay between; the default is the paper's for pre-training on COCO.
+        default_scale: Scale for images of which no usable box is left.
+        out_of_range: What if all draws are outside of the range: `"clip"` the last one to it, or
+            take the `"default"` scale.
+        per_image: Keys of the target whose values describe the image. Every other tensor, array,
+            list or tuple with one entry per box loses the entries of dropped boxes.
+
+    Raises:
+        TypeError: If a sample has no image, or boxes that are no `BoundingBoxes`.
+        ValueError: If an argument makes no sense, or if boxes are rotated, inverted or not finite.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> from torchvision.tv_tensors import BoundingBoxes
+        >>> boxes = BoundingBoxes([[0, 0, 160, 90]], format="XYXY", canvas_size=(100, 200))
+        >>> image, target = ScaleMatch([30.0] * 50)(torch.zeros(3, 100, 200), {"boxes": boxes})
+        >>> image.shape, target["boxes"].tolist()
+        (torch.Size([3, 25, 50]), [[0, 0, 40, 22]])
+    """
+
+    def __init__(
+        self,
+        target_sizes: ArrayLike | Tensor,
+        *,
+        scale_range: tuple[float, float] = (0.1, 1.0),
+        default_scale: float = 0.25,
+        out_of_range: Literal["clip", "default"] = "clip",
+        per_image: Sequence[str] = PER_IMAGE,
+    ) -> None:
+        super().__init__(per_image)
+        low, high = scale_range
+        if not 0 <= low < high < math.inf:
+            raise ValueError(f"scale_range {scale_range}, expected 0 <= low < high, both finite")
+        if not 0 < default_scale < math.inf:
+            raise ValueError(f"default_scale {default_scale}, expected a positive number")
+        if out_of_range not in ("clip", "default"):
+            raise ValueError(f"out_of_range {out_of_range!r}, expected 'clip' or 'default'")
+        self.scale_range = scale_range
+        self.default_scale = default_scale
+        self.out_of_range = out_of_range
+        self._edges, self._cumulative = _rectified_histogram(_sizes("target_sizes", target_sizes))
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """The `scale`, the new (height, width) as `size`, and which boxes are `kept`, `[N]`."""
+        image, boxes, _ = flat_inputs
+        height, width = F.get_size(image)
+        sides = to_xywh(boxes)[:, 2:]
+        sizes = sides.prod(1).sqrt()
+        sizes = sizes[sizes > 0]
+        if len(sizes):
+            scale = self._scale(sizes.log().mean().exp().item())
+            size = _resized(height, width, scale)
+            # (w - 1) * scale + 1 >= 2, with the scales that whole numbers of pixels make of it.
+            kept = ((sides - 1) * sides.new_tensor([size[1] / width, size[0] / height]) >= 1).all(1)
+            if kept.any():
+                return {"scale": scale, "size": size, "kept": kept}
+        size = _resized(height, width, self.default_scale)
+        kept = torch.ones(len(sides), dtype=torch.bool)
+        return {"scale": self.default_scale, "size": size, "kept": kept}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resize an image, boxes or masks."""
+        return F.resize(inpt, params["size"])
+
+    def _scale(self, mean_size: float) -> float:
+        low, high = self.scale_range
+        for _ in range(_DRAWS):
+            scale = self._target_size() / mean_size
+            if low < scale < high:
+                return scale
+        return self._bounded(scale)
+
+    def _bounded(self, scale: float) -> float:
+        low, high = self.scale_range
+        if low < scale < high:
+            return scale
+        return min(max(scale, low), high) if self.out_of_range == "clip" else self.default_scale
+
+    def _target_size(self) -> float:
+        chosen, inside = torch.rand(2, dtype=torch.float64).tolist()
+        index = int(np.searchsorted(self._cumulative + _SLACK, chosen))
+        low, high = self._edges[index : index + 2].tolist()
+        return float(low + inside * (high - low))
+
+
+class MonotoneScaleMatch(ScaleMatch):
+    """Scale Match without chance: the larger an image's objects were, the larger they become.
+
+    The mean size of an image's objects is mapped from the source's law to the target's, from a
+    quantile of one to the same quantile of the other, linearly within each bin of the target's
+    histogram; the scale is then clipped to `scale_range`. Everything else is as in `ScaleMatch`.
+
+    Means outside of the source's sizes are mapped as its smallest or its largest [I], and where
+    more than one bin's share of the source has its smallest size, that size becomes the target's
+    smallest [I].
+
+    Args:
+        source_sizes: sqrt(w * h) of the boxes of the dataset to transform, in pixels, `[N]`.
+        target_sizes: The same of the target dataset.
+        scale_range: Scales to stay between.
+        default_scale: Scale for images of which no usable box is left.
+        out_of_range: What to do with a scale outside of the range: `"clip"` it, or take the
+            `"default"` scale (which is not monotone).
+        per_image: Keys of the target whose values describe the image.
+
+    Raises:
+        TypeError: As in `ScaleMatch`.
+        ValueError: As in `ScaleMatch`.
+    """
+
+    def __init__(
+        self,
+        source_sizes: ArrayLike | Tensor,
+        target_sizes: ArrayLike | Tensor,
+        *,
+        scale_range: tuple[float, float] = (0.1, 1.0),
+        default_scale: float = 0.25,
+        out_of_range: Literal["clip", "default"] = "clip",
+        per_image: Sequence[str] = PER_IMAGE,
+    ) -> None:
+        super().__init__(
+            target_sizes,
+            scale_range=scale_range,
+            default_scale=default_scale,
+            out_of_range=out_of_range,
+            per_image=per_image,
+        )
+        ordered = np.sort(_sizes("source_sizes", source_sizes))
+        ranks = (self._cumulative * len(ordered)).astype(np.int64)
+        quantiles = ordered[np.minimum(ranks, len(ordered) - 1)]
+        quantiles[-1] = ordered[-1]
+        self._source_edges = np.concatenate([ordered[:1], quantiles])
+
+    def _scale(self, mean_size: float) -> float:
+        edges = self._source_edges
+        size = min(max(mean_size, edges[0]), edges[-1])
+        index = int(np.searchsorted(edges[1:] + _SLACK, size))
+        width = edges[index + 1] - edges[index]
+        part = min((size - edges[index]) / width, 1.0) if width > 0 else 0.0
+        low, high = self._edges[index : index + 2].tolist()
+        return self._bounded(float(low + part * (high - low)) / mean_size)
+
+
+def _rectified_histogram(sizes: _Floats) -> tuple[_Floats, _Floats]:
+    """Edges of the bins, `[K + 1]`, and cumulative shares of the sizes, `[K]`."""
+    ordered, total = np.sort(sizes), len(sizes)
+    low, high = int(total * _TAIL), int(total * (1 - _TAIL))
+    smallest, largest = ordered[low], ordered[max(high - 1, low)]
+    if smallest < largest:
+        counts, inner = np.histogram(ordered[low:high], bins=_BINS - 2)
+    else:  # numpy would make up a width for bins that have none
+        counts = np.array([high - low] + [0] * (_BINS - 3))
+        inner = np.full(_BINS - 1, smallest)
+    edges = np.concatenate([ordered[:1], inner, ordered[-1:]])
+    return edges, np.cumsum(np.concatenate([[low], counts, [total - high]]) / total)
+
+
+def _sizes(name: str, sizes: ArrayLike | Tensor) -> _Floats:
+    array = np.asarray(torch.as_tensor(sizes, dtype=torch.float64, device="cpu"))
+    if array.ndim != 1 or not array.size:
+        raise ValueError(f"{name} of shape {list(array.shape)}, expected [N] with N > 0")
+    good = np.isfinite(array) & (array > 0)
+    if not good.all():
+        index = int(np.argmin(good))
+        raise ValueError(f"{name}[{index}] is {array[index]}, expected a positive number")
+    return array
+
+
+def _resized(height: int, width: int, scale: float) -> list[int]:
+    return [max(1, round(scale * height)), max(1, round(scale * width))]
