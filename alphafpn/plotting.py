@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from alphafpn.estimate import AlphaEstimate
+    from alphafpn.gradients import GradientShares
 
 
 def new_axes() -> Axes:
@@ -47,4 +48,22 @@ def plot_estimate(estimate: AlphaEstimate, axes: Axes | None = None) -> Axes:
             arrowprops={"arrowstyle": "->", "color": "#e45756"},
         )
         axes.text(i + 0.5, top * 1.17, f"$\\alpha$ = {factor:.2f}", ha="center", color="#e45756")
+    return axes
+
+
+def plot_gradient_shares(result: GradientShares, axes: Axes | None = None) -> Axes:
+    """One stacked bar for each backbone feature, one colour for each pyramid level."""
+    axes = new_axes() if axes is None else axes
+    palette = ["#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#9d755d"]
+    rows = result.shares.nan_to_num().tolist()
+    base = [0.0] * len(rows)
+    for j, name in enumerate(result.level_names):
+        heights = [row[j] for row in rows]
+        color = palette[j % len(palette)]
+        axes.bar(result.feature_names, heights, bottom=base, width=0.6, label=name, color=color)
+        base = [low + height for low, height in zip(base, heights, strict=True)]
+    axes.set_ylabel("share of the gradient")
+    axes.set_xlabel("backbone feature")
+    axes.set_ylim(0, 1)
+    axes.legend(title="through", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return axes

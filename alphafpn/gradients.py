@@ -1,0 +1,251 @@
+"""Eq. 3, measured: through which pyramid levels the backbone features get their gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import FeaturePyramidNetwork
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, eq=False)
+class GradientShares:
+    """How much of the gradient at each backbone feature C_i comes through each output map P_j.
+
+    Attributes:
+        norms: L2 norms of these gradients, float64 [K, L] on the CPU; K backbone features by L
+            output maps, extra levels included, finest first. 0 where no path leads from C_i to P_j.
+        feature_names: C2, C3, ... where strides are powers of two, else "C" and the map's name.
+        level_names: The same for P.
+    """
+
+    norms: Tensor
+    feature_names: tuple[str, ...]
+    level_names: tuple[str, ...]
+
+    @property
+    def shares(self) -> Tensor:
+        """Norms over their sum along a row, [K, L]; nan in a row that no gradient reaches."""
+        return self.norms / self.norms.sum(1, keepdim=True)
+
+    def __str__(self) -> str:
+        width = max(6, *(len(name) for name in self.level_names))
+        first = max(len(name) for name in self.feature_names)
+        header = " " * first + "".join(f"  {name:>{width}}" for name in self.level_names)
+        lines = ["Gradient at C_i that comes through P_j, as a share of all P_j", header]
+        for name, row in zip(self.feature_names, self.shares.tolist(), strict=True):
+            cells = (f"{share:.1%}" if share > 0 else "-" for share in row)
+            lines.append(f"{name:<{first}}" + "".join(f"  {cell:>{width}}" for cell in cells))
+        return "\n".join(lines)
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draws one stacked bar for each backbone feature (needs the extra `plot`).
+
+        Args:
+            axes: matplotlib axes to draw on; new ones by default.
+        """
+        from alphafpn.plotting import plot_gradient_shares
+
+        return plot_gradient_shares(self, axes)
+
+
+def gradient_shares(
+    model: nn.Module, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
+) -> GradientShares:
+    """Measures Eq. 3 on one batch, and changes nothing in the model.
+
+    One forward pass in training mode gives the losses, one backward pass the gradient of their sum
+    at each P_j, and one vector-Jacobian product for each P_j what of it arrives at each C_i.
+
+    Parameters and their gradients, buffers, modes, hooks and random states are afterwards what they
+    were, so that a second call gives the same. Weights need not require gradients. A model in
+    training mode is measured with the modes of its parts as they are, one in evaluation mode as
+    after `model.train()`. Under `DistributedDataParallel` the module inside is measured, on this
+    process's images alone; compiled code is left aside and the original run.
+
+    Args:
+        model: A patched or stock torchvision detector with one feature pyramid.
+        images: Image tensors [3, H, W] on the model's device.
+        targets: For each image what the detector trains on; images without boxes are allowed.
+
+    Returns:
+        Shares and norms; it prints as a table.
+
+    Raises:
+        TypeError: If `model` holds no pyramid or several, is scripted or sharded by FSDP, or
+            returns no losses.
+        ValueError: If images and targets do not fit, or a loss or gradient is not finite.
+    """
+    model = _unwrapped(model)
+    path, fpn = _only_pyramid(model)
+    if len(images) != len(targets) or len(images) == 0:
+        raise ValueError(
+            f"images, targets: expected equally many and at least one, found {len(images)} images "
+            f"and {len(targets)} targets"
+        )
+    recorder = _Recorder(fpn, model.get_submodule(path.rpartition(".")[0]))
+    # Detached, the weights cost no gradients; cloned, the buffers take what training writes.
+    state = {name: weight.detach() for name, weight in model.named_parameters()}
+    state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with _unchanged(model), torch.enable_grad():
+        if not model.training:
+            model.train()
+        with recorder:
+            try:
+                losses = torch.func.functional_call(model, state, (images, targets))
+            except AssertionError as error:  # how torchvision says that a target is malformed
+                raise ValueError(f"images, targets: {error}") from error
+        gradients = torch.autograd.grad(_total(losses), recorder.cut, allow_unused=True)
+        norms = _norms(recorder.features, recorder.levels, gradients)
+    if not norms.isfinite().all():
+        raise ValueError(f"gradients: expected finite ones, found norms {norms.tolist()}")
+    return GradientShares(norms, *recorder.names())
+
+
+class _Recorder:
+    """Hooks that cut the graph before and after the pyramid, and keep the maps at the cuts.
+
+    Attributes:
+        features: The C_i that the pyramid got; leaves.
+        levels: The P_j that it made of them.
+        cut: What the rest of the detector got instead of `levels`; leaves.
+    """
+
+    def __init__(self, fpn: nn.Module, owner: nn.Module) -> None:
+        self.fpn, self.owner = fpn, owner
+        self.calls = 0
+        self.image_size: tuple[int, ...] = ()
+
+    def __enter__(self) -> None:
+        self.handles = [
+            self.owner.register_forward_pre_hook(self._on_image),
+            self.fpn.register_forward_pre_hook(self._on_features),
+            self.fpn.register_forward_hook(self._on_levels),
+        ]
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        if kind is None and self.calls != 1:
+            raise TypeError(f"model: expected its pyramid to run once, it ran {self.calls} times")
+
+    def _on_image(self, module: nn.Module, args: Any) -> None:
+        if args and isinstance(args[0], Tensor):
+            self.image_size = tuple(args[0].shape[-2:])
+
+    def _on_features(self, module: nn.Module, args: Any) -> Any:
+        leaves = {name: c.detach().requires_grad_() for name, c in args[0].items()}
+        self.feature_keys, self.features = list(leaves), list(leaves.values())
+        return (type(args[0])(leaves), *args[1:])
+
+    def _on_levels(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self.calls += 1
+        leaves = {name: p.detach().requires_grad_() for name, p in output.items()}
+        self.level_keys, self.levels = list(leaves), list(output.values())
+        self.cut = list(leaves.values())
+        return type(output)(leaves)
+
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names C_i and P_j, by their strides where these are powers of two."""
+        first = 0
+        if self.image_size:
+            first = round(math.log2(self.image_size[0] / self.features[0].shape[-2]))
+        regular = bool(self.image_size) and all(
+            tuple(n << (first + i) for n in c.shape[-2:]) == self.image_size
+            for i, c in enumerate(self.features)
+        )
+        return tuple(  # type: ignore[return-value]
+            tuple(f"{letter}{first + i if regular else f' {key}'}" for i, key in enumerate(keys))
+            for letter, keys in (("C", self.feature_keys), ("P", self.level_keys))
+        )
+
+
+def _norms(
+    features: list[Tensor], levels: list[Tensor], gradients: Sequence[Tensor | None]
+) -> Tensor:
+    """Pulls the gradient at each P_j back to each C_i: norms [K, L]."""
+    columns = []
+    for level, gradient in zip(levels, gradients, strict=True):
+        pulled: Sequence[Tensor | None] = [None] * len(features)
+        if gradient is not None:
+            pulled = torch.autograd.grad(
+                level, features, gradient, retain_graph=True, allow_unused=True
+            )
+        columns.append(
+            [0.0 if g is None else float(torch.linalg.vector_norm(g.double())) for g in pulled]
+        )
+    return torch.tensor(columns, dtype=torch.float64).T
+
+
+def _total(losses: Any) -> Tensor:
+    if not isinstance(losses, dict) or not losses:
+        raise TypeError(
+            f"model: expected a dict of losses in training, found {type(losses).__name__}"
+        )
+    for name, loss in losses.items():
+        if not loss.isfinite().all():
+            raise ValueError(f"{name}: expected a finite loss, found {loss.tolist()}")
+    return sum((loss.sum() for loss in losses.values()), torch.zeros(()))
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Puts back random states and all attributes: modes, and what detectors remember of sizes."""
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    devices = {tensor.device for tensor in model.parameters()} - {torch.device("cpu")}
+    kind = next((device.type for device in devices), "cuda")
+    # Where nothing was compiled, asking to leave compiled code aside would load the compiler.
+    compiled = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=list(devices), device_type=kind), eager:
+        try:
+            yield
+        finally:
+            for module, values in attributes:
+                vars(module).clear()
+                vars(module).update(values)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            break
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in ("ScriptModule", "FullyShardedDataParallel", "FSDPModule"):
+                raise TypeError(
+                    f"model: found a {cls.__name__} ({type(module).__name__}); measure before "
+                    "sharding or scripting"
+                )
+    return model
+
+
+def _only_pyramid(model: nn.Module) -> tuple[str, nn.Module]:
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, FeaturePyramidNetwork)
+    ]
+    if len(found) != 1:
+        names = ", ".join(path or type(model).__name__ for path, _ in found) or "none"
+        raise TypeError(
+            f"expected a model with one FeaturePyramidNetwork, found {names} in "
+            f"{type(model).__name__}"
+        )
+    return found[0]

@@ -1,0 +1,478 @@
+"""Eq. 3 measured: a pyramid worked out by hand, torchvision's detectors, and no trace left."""
+
+from __future__ import annotations
+
+import random
+import socket
+import sys
+import types
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from alphafpn.gradients import gradient_shares
+from alphafpn.pyramid import AttentionAlpha, LearnableAlpha
+from alphafpn.surgery import patch_detector
+
+FACTORS = [0.5, 0.25]
+KINDS = [list, LearnableAlpha, AttentionAlpha]
+
+
+# A pyramid worked out by hand
+
+
+class ByHand(nn.Module):
+    """One channel, all convolutions the identity, and at P_j a gradient of w_j everywhere."""
+
+    def __init__(self, weights, extra=None):
+        super().__init__()
+        self.fpn = FeaturePyramidNetwork([1, 1, 1], 1, extra)
+        self.weights = weights
+        with torch.no_grad():
+            for parameter in self.fpn.parameters():
+                parameter.zero_()
+            for block in self.fpn.inner_blocks:
+                block[0].weight.fill_(1)
+            for block in self.fpn.layer_blocks:
+                block[0].weight[0, 0, 1, 1] = 1
+
+    def forward(self, images, targets):
+        batch = torch.stack(images)
+        features = OrderedDict((f"c{i}", F.avg_pool2d(batch, 4 << i)) for i in range(3))
+        levels = self.fpn(features).values()
+        return {f"loss {j}": w * p.sum() for j, (w, p) in enumerate(zip(self.weights, levels))}  # noqa: B905
+
+
+IMAGES = [torch.zeros(1, 16, 32), torch.ones(1, 16, 32)]
+# Cells of C_0, C_1 and C_2 in the batch.
+CELLS = [64, 16, 4]
+
+
+def shares_by_hand(weights, alpha):
+    """Eq. 3: a pixel of C_i feeds 4^(i-j) pixels of P_j, through each factor in between."""
+    norms = [
+        [
+            w * np.prod(alpha[j:i]) * 4.0 ** (i - j) * CELLS[i] ** 0.5 if j <= i else 0.0
+            for j, w in enumerate(weights)
+        ]
+        for i in range(3)
+    ]
+    return torch.tensor(norms, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("alpha", [[1.0, 1.0], [0.5, 0.25], [0.367, 2.0], [0.0, 1.0], [-0.5, 1.0]])
+def test_equation_3_by_hand(alpha):
+    weights = [3.0, 2.0, 0.5]
+    result = gradient_shares(patch_detector(ByHand(weights), alpha), IMAGES, [{}, {}])
+    expected = shares_by_hand(weights, alpha).abs()
+    torch.testing.assert_close(result.norms, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        result.shares, expected / expected.sum(1, keepdim=True), rtol=1e-6, atol=0
+    )
+    assert result.feature_names == ("C c0", "C c1", "C c2")
+
+
+def test_extra_levels_have_their_own_column():
+    model = ByHand([1.0, 1.0, 1.0, 5.0], LastLevelMaxPool())
+    result = gradient_shares(model, IMAGES, [{}, {}])
+    assert result.level_names == ("P c0", "P c1", "P c2", "P pool")
+    # Of the two cells of C_2 of an image, the pooling passes the gradient to one.
+    expected = torch.tensor([0, 0, 5.0 * 2**0.5], dtype=torch.float64)
+    torch.testing.assert_close(result.norms[:, 3], expected)
+    torch.testing.assert_close(result.norms[:, :3], shares_by_hand([1.0, 1.0, 1.0], [1.0, 1.0]))
+
+
+def test_a_feature_that_no_gradient_reaches_is_nan_and_prints():
+    result = gradient_shares(ByHand([0.0, 1.0, 1.0]), IMAGES, [{}, {}])
+    assert result.shares[0].isnan().all()
+    torch.testing.assert_close(result.shares[1:].sum(1), torch.ones(2, dtype=torch.float64))
+    assert str(result).splitlines()[2].split() == ["C", "c0", "-", "-", "-"]
+
+
+# torchvision's detectors
+
+
+def make_backbone(extra, norm=None, out=8):
+    """Strides 4, 8 and 16 in a few hundred weights, with batch norm and dropout."""
+    body = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1), nn.Dropout(0.2), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU()),
+    )
+    layers = {"0": "0", "1": "1", "2": "2"}
+    return BackboneWithFPN(body, layers, [4, 6, 8], out, extra_blocks=extra, norm_layer=norm)
+
+
+def anchors(levels):
+    return AnchorGenerator(tuple((8 << i,) for i in range(levels)), ((1.0,),) * levels)
+
+
+SIZES = {"min_size": 64, "max_size": 96}
+
+
+def make_retinanet(**kwargs):
+    extra = LastLevelP6P7(8, 8)
+    head = detection.retinanet.RetinaNetHead(8, 1, 2, norm_layer=None)
+    backbone = make_backbone(extra, **kwargs)
+    return detection.RetinaNet(backbone, 2, anchor_generator=anchors(5), head=head, **SIZES)
+
+
+def make_faster_rcnn():
+    return detection.FasterRCNN(
+        make_backbone(LastLevelMaxPool()),
+        rpn_anchor_generator=anchors(4),
+        box_head=detection.faster_rcnn.TwoMLPHead(8 * 49, 8),
+        box_predictor=detection.faster_rcnn.FastRCNNPredictor(8, 2),
+        **SIZES,
+    )
+
+
+def make_fcos():
+    head = detection.fcos.FCOSHead(32, 1, 2, num_convs=1)
+    backbone = make_backbone(LastLevelMaxPool(), out=32)
+    return detection.FCOS(backbone, 2, anchor_generator=anchors(4), head=head, **SIZES)
+
+
+BUILDERS = [make_retinanet, make_faster_rcnn, make_fcos]
+
+
+def make_detector(build, alpha=None):
+    torch.manual_seed(0)
+    model = build().train()
+    return model if alpha is None else patch_detector(model, alpha)
+
+
+def make_batch(boxes=True):
+    """Two images of different sizes, one without boxes; or both without."""
+    generator = torch.Generator().manual_seed(0)
+    images = [
+        torch.rand(3, 64, 64, generator=generator),
+        torch.rand(3, 50, 70, generator=generator),
+    ]
+    given = torch.tensor([[4.0, 4.0, 14.0, 16.0], [20.0, 20.0, 52.0, 50.0]])[: 2 * boxes]
+    return images, [
+        {"boxes": given, "labels": torch.ones(len(given), dtype=torch.int64)},
+        {"boxes": given[:0], "labels": torch.zeros(0, dtype=torch.int64)},
+    ]
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_alpha_one_measures_as_stock(build, kind):
+    stock = gradient_shares(make_detector(build), *make_batch())
+    patched = gradient_shares(make_detector(build, kind([1.0, 1.0])), *make_batch())
+    assert torch.equal(patched.norms, stock.norms)
+    assert patched.level_names == stock.level_names
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_shares_add_up_along_the_top_down_paths(build):
+    result = gradient_shares(make_detector(build, FACTORS), *make_batch())
+    features, levels = result.norms.shape
+    assert result.feature_names == ("C2", "C3", "C4")
+    assert result.level_names == ("P2", "P3", "P4", "P5", "P6")[:levels]
+    torch.testing.assert_close(result.shares.sum(1), torch.ones(3, dtype=torch.float64))
+    for i in range(features):
+        for j in range(levels):
+            reached = j <= i or i == features - 1
+            assert (result.norms[i, j] > 0) == reached, (i, j)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_small_factors_cut_deep_features_off_from_shallow_tasks(build):
+    stock = gradient_shares(make_detector(build), *make_batch())
+    result = gradient_shares(make_detector(build, 1e-8), *make_batch())
+    assert stock.shares[1, 0] > 0.1
+    assert stock.shares[2, :2].sum() > 0.1
+    assert 0 < result.shares[1, 0] < 1e-3
+    assert 0 < result.shares[2, :2].sum() < 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_one_backward_pass_for_each_level(kind):
+    """The slow way: train with the graph cut at all output maps but one, and read the leaves."""
+    model = make_detector(make_fcos, kind(FACTORS))
+    result = gradient_shares(model, *make_batch())
+    state = torch.get_rng_state()
+    for j, open_level in enumerate(["0", "1", "2", "pool"]):
+        leaves = {}
+
+        def start(module, args, leaves=leaves):
+            leaves |= {name: c.detach().requires_grad_() for name, c in args[0].items()}
+            return (leaves,)
+
+        def cut(module, args, output, open_level=open_level):
+            return OrderedDict(
+                (name, p if name == open_level else p.detach()) for name, p in output.items()
+            )
+
+        fpn = model.backbone.fpn
+        torch.set_rng_state(state)
+        with fpn.register_forward_pre_hook(start), fpn.register_forward_hook(cut):
+            sum(model(*make_batch()).values()).backward()
+        norms = [0.0 if c.grad is None else float(c.grad.norm()) for c in leaves.values()]
+        assert result.norms[:, j].tolist() == pytest.approx(norms, rel=1e-5)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_images_without_boxes_are_measured(build):
+    result = gradient_shares(make_detector(build), *make_batch(boxes=False))
+    assert result.norms.isfinite().all()
+    assert (result.norms.sum(1) > 0).all()
+
+
+# No trace
+
+
+def snapshot(model):
+    """Everything that a module holds, with the identity and the value of each tensor."""
+    result = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            result[path, name] = id(value)
+            if isinstance(value, dict):
+                result[path, name, "items"] = [(k, id(v)) for k, v in value.items()]
+            elif isinstance(value, bool | list):
+                result[path, name, "value"] = repr(value)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        result[name] = (tensor.detach().clone().numpy().tobytes(), tensor.requires_grad)
+        result[name, "grad"] = (id(tensor.grad), repr(tensor.grad))
+        result[name, "version"] = tensor._version
+    return result
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("build", BUILDERS)
+def test_nothing_changes(build, training):
+    model = make_detector(build, LearnableAlpha(FACTORS)).train(training)
+    model.backbone.fpn.eval()
+    model.backbone.body["0"][0].weight.grad = torch.ones_like(model.backbone.body["0"][0].weight)
+    for parameter in model.backbone.body["1"].parameters():
+        parameter.requires_grad_(False)
+    model.backbone.register_forward_hook(lambda module, args, output: None)
+    before, states = snapshot(model), random_states()
+    gradient_shares(model, *make_batch())
+    after = snapshot(model)
+    assert list(after) == list(before)
+    for name, value in before.items():
+        assert after[name] == value, name
+    assert random_states() == states
+
+
+def random_states():
+    states = [torch.get_rng_state().numpy().tobytes(), random.getstate()]
+    states.append(repr(np.random.get_state()))  # noqa: NPY002
+    if torch.cuda.is_available():
+        states.append([state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()])
+    return states
+
+
+def test_nothing_changes_when_it_fails():
+    model = make_detector(make_retinanet).eval()
+    before, states = snapshot(model), random_states()
+    images, targets = make_batch()
+    with pytest.raises(ValueError, match=r"All bounding boxes should have positive .*index 0"):
+        gradient_shares(model, images, [{**targets[0], "boxes": torch.zeros(2, 4)}, targets[1]])
+    assert snapshot(model) == before
+    assert random_states() == states
+
+
+def test_training_after_a_measurement_is_training_without_it():
+    runs = []
+    for measure in (False, True):
+        model = make_detector(make_faster_rcnn, FACTORS)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        for _ in range(2):
+            if measure:
+                gradient_shares(model, *make_batch())
+            optimizer.zero_grad()
+            sum(model(*make_batch()).values()).backward()
+            optimizer.step()
+        runs.append(model.state_dict())
+    assert list(runs[0]) == list(runs[1])
+    for name, tensor in runs[0].items():
+        assert torch.equal(tensor, runs[1][name]), name
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_measuring_again_gives_the_same(build):
+    model = make_detector(build, FACTORS)
+    first = gradient_shares(model, *make_batch())
+    assert torch.equal(gradient_shares(model, *make_batch()).norms, first.norms)
+
+
+def test_frozen_weights_and_no_grad_do_not_matter():
+    model = make_detector(make_retinanet, FACTORS)
+    expected = gradient_shares(model, *make_batch())
+    model.requires_grad_(False)
+    with torch.no_grad():
+        assert torch.equal(gradient_shares(model, *make_batch()).norms, expected.norms)
+        assert not torch.is_grad_enabled()
+
+
+def test_evaluation_mode_is_measured_as_training():
+    model = make_detector(make_retinanet, FACTORS)
+    expected = gradient_shares(model, *make_batch())
+    assert torch.equal(gradient_shares(model.eval(), *make_batch()).norms, expected.norms)
+
+
+def test_parts_in_evaluation_mode_stay_so():
+    model = make_detector(make_retinanet, FACTORS)
+    whole = gradient_shares(model, *make_batch())
+    model.backbone.body["0"][1].eval()
+    assert not torch.equal(gradient_shares(model, *make_batch()).norms, whole.norms)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("build", BUILDERS)
+def test_on_a_gpu(build):
+    model = make_detector(build, FACTORS).cuda()
+    images, targets = make_batch()
+    images = [image.cuda() for image in images]
+    targets = [{name: value.cuda() for name, value in target.items()} for target in targets]
+    states = random_states()
+    result = gradient_shares(model, images, targets)
+    assert random_states() == states
+    assert result.norms.device.type == "cpu"
+    assert torch.equal(gradient_shares(model, images, targets).norms, result.norms)
+
+
+# Wrapped models
+
+
+def test_compiled_models_are_measured_as_the_original():
+    expected = gradient_shares(make_detector(make_fcos, FACTORS), *make_batch())
+    model = make_detector(make_fcos, FACTORS)
+    model.backbone.fpn = torch.compile(model.backbone.fpn, backend="aot_eager")
+    model.head.compile(backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager")
+    assert torch.equal(gradient_shares(compiled, *make_batch()).norms, expected.norms)
+
+
+def test_ddp_measures_the_module_inside_on_its_own_images():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    model = make_detector(make_retinanet, FACTORS)
+    expected = gradient_shares(model, *make_batch())
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(model)
+        assert torch.equal(gradient_shares(wrapped, *make_batch()).norms, expected.norms)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_models_are_refused():
+    scripted = torch.jit.script(FeaturePyramidNetwork([1], 1))
+    with pytest.raises(TypeError, match=r"found a ScriptModule.*before sharding or scripting"):
+        gradient_shares(scripted, IMAGES, [{}, {}])
+
+
+# Bad input
+
+
+def test_a_loss_that_is_not_finite_is_named():
+    with pytest.raises(ValueError, match="loss 1: expected a finite loss, found nan"):
+        gradient_shares(ByHand([1.0, float("nan"), 1.0]), IMAGES, [{}, {}])
+    with pytest.raises(ValueError, match="loss 0: expected a finite loss, found inf"):
+        gradient_shares(ByHand([float("inf"), 0.0, 1.0]), [torch.ones(1, 16, 32)], [{}])
+    images, targets = make_batch()
+    images[0][:] = float("nan")
+    with pytest.raises(ValueError, match="classification: expected a finite loss, found nan"):
+        gradient_shares(make_detector(make_retinanet), images, targets)
+
+
+def test_gradients_that_are_not_finite_are_refused():
+    class Root(ByHand):
+        def forward(self, images, targets):
+            return {name: loss.sqrt() for name, loss in super().forward(images, targets).items()}
+
+    with pytest.raises(ValueError, match="gradients: expected finite ones, found norms"):
+        gradient_shares(Root([1.0, 1.0, 1.0]), IMAGES[:1], [{}])
+
+
+@pytest.mark.parametrize(("images", "targets"), [(0, 0), (1, 2), (2, 0)])
+def test_images_and_targets_go_together(images, targets):
+    found = f"found {images} images and {targets} targets"
+    with pytest.raises(ValueError, match=f"expected equally many and at least one, {found}"):
+        gradient_shares(ByHand([1.0]), IMAGES[:images], [{}] * targets)
+
+
+class NoLosses(ByHand):
+    def forward(self, images, targets):
+        return list(super().forward(images, targets).values())
+
+
+class NoPyramid(ByHand):
+    def forward(self, images, targets):
+        return {"loss": torch.zeros(())}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("model.pt", "expected a torch.nn.Module, found str"),
+        (nn.Conv2d(1, 1, 1), "one FeaturePyramidNetwork, found none in Conv2d"),
+        (nn.ModuleList([ByHand([1]), ByHand([1])]), "found 0.fpn, 1.fpn in ModuleList"),
+        (NoLosses([1.0]), "expected a dict of losses in training, found list"),
+        (NoPyramid([1.0]), "expected its pyramid to run once, it ran 0 times"),
+    ],
+)
+def test_what_cannot_be_measured_is_named(model, message):
+    with pytest.raises(TypeError, match=message):
+        gradient_shares(model, IMAGES, [{}, {}])
+
+
+# Reading the result
+
+
+def test_prints_as_a_table():
+    result = gradient_shares(make_detector(make_faster_rcnn, FACTORS), *make_batch())
+    title, header, *rows = str(result).splitlines()
+    assert "share" in title
+    assert header.split() == ["P2", "P3", "P4", "P5"]
+    assert [row.split()[0] for row in rows] == ["C2", "C3", "C4"]
+    assert rows[0].split()[1:] == ["100.0%", "-", "-", "-"]
+    for row, shares in zip(rows, result.shares.tolist(), strict=True):
+        cells = [float(cell.rstrip("%")) if cell != "-" else 0 for cell in row.split()[1:]]
+        assert cells == pytest.approx([100 * share for share in shares], abs=0.051)
+
+
+def test_plots_the_shares():
+    pytest.importorskip("matplotlib")
+    result = gradient_shares(make_detector(make_retinanet, FACTORS), *make_batch())
+    axes = result.plot()
+    heights = torch.tensor([[bar.get_height() for bar in bars] for bars in axes.containers])
+    torch.testing.assert_close(heights.double().T, result.shares, rtol=0, atol=1e-6)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(result.level_names)
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(result.feature_names)
+    assert result.plot(axes) is axes
+
+
+def test_plotting_without_matplotlib_names_the_extra(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
+    result = gradient_shares(ByHand([1.0, 1.0, 1.0]), IMAGES, [{}, {}])
+    with pytest.raises(ImportError, match=r"alphafpn\[plot\]"):
+        result.plot()
+
+
+def test_result_is_frozen():
+    result = gradient_shares(ByHand([1.0, 1.0, 1.0]), IMAGES, [{}, {}])
+    with pytest.raises(AttributeError):
+        result.norms = result.norms
