@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import CocoDetection
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 from tqdm import tqdm
 
 _Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -241,6 +242,7 @@ def _read_coco(
 
 
 def _xywh(annotations: list[_Annotation], name: str) -> npt.NDArray[np.float32]:
+    """Return the boxes as they are in the file, `[A, 4]`."""
     values = chain.from_iterable(map(attrgetter("bbox"), annotations))
     numbers = np.fromiter(values, np.float64, 4 * len(annotations))
     with np.errstate(over="ignore"):
@@ -350,8 +352,6 @@ def _image_size(image: Any) -> tuple[int, ...] | None:
 
 
 def _canvas_size(boxes: object) -> tuple[int, ...] | None:
-    from torchvision.tv_tensors import BoundingBoxes
-
     return boxes.canvas_size if isinstance(boxes, BoundingBoxes) else None
 
 
@@ -387,14 +387,13 @@ def _boxes(value: Any, where: str) -> npt.NDArray[np.float32]:
 
 
 def _xyxy(value: Any, where: str) -> Any:
-    from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
-
     if not isinstance(value, BoundingBoxes) or value.format is BoundingBoxFormat.XYXY:
         return value
     if value.numel() == 0:  # `BoundingBoxes([], ...)` has shape [1, 0], which cannot be converted
         return value
     if value.format not in (BoundingBoxFormat.XYWH, BoundingBoxFormat.CXCYWH):
         raise ValueError(f"{where}: expected unrotated boxes, found {value.format.value}")
+    # Few need it, and it is slow to import.
     from torchvision.transforms.v2.functional import convert_bounding_box_format
 
     return convert_bounding_box_format(
@@ -459,9 +458,9 @@ def _category_ids(category_ids: Collection[int]) -> set[int]:
 
 
 def _check_categories(wanted: set[int], known: set[int], name: str) -> None:
-    if unknown := sorted(wanted - known):
+    if unknown := wanted - known:
         raise ValueError(
-            f"{name}: expected category_ids among {_listed(known)}, found {_listed(set(unknown))}"
+            f"{name}: expected category_ids among {_listed(known)}, found {_listed(unknown)}"
         )
 
 
@@ -476,5 +475,6 @@ def _describe(value: object) -> str:
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return f"{type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
     if isinstance(value, (tuple, list, int, float, str, type(None))):
-        return f"{type(value).__name__} {reprlib.repr(value)}"
+        # On one line: a tensor inside would bring its own.
+        return f"{type(value).__name__} {' '.join(reprlib.repr(value).split())}"
     return type(value).__name__

@@ -473,6 +473,7 @@ BOX = [[1.0, 2.0, 3.0, 4.0]]
 BAD_ITEMS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # Not an item
     "not a pair": (lambda: ((10, 20), BOX, 1), TypeError, r"expected \(\(height, width\), boxes\)"),
+    "three tensors": (lambda: (torch.rand(3, 9, 9),) * 3, TypeError, r"found tuple \(tensor"),
     "a string": (lambda: "ab", TypeError, "found str 'ab'"),
     "a dict": (lambda: {"boxes": BOX}, TypeError, "found dict"),
     "classification": (lambda: (pillow(10, 20), 3), TypeError, "expected .* found Image first"),
