@@ -2,7 +2,7 @@
 
 The file has what makes COCO slow to read: polygons of uneven length, a few crowds as run lengths,
 image ids with gaps in no order, and annotations in no order of images. Equal arguments give equal
-bytes. Nothing is held in memory but one block of annotations.
+bytes. Annotations are made and written in blocks, so any number of them fits in memory.
 
     python -m benchmarks.coco_like OUT [--images N] [--annotations N]
 """
