@@ -1,0 +1,638 @@
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alphafpn.tiny.evaluation import evaluate_tiny, format_tiny
+
+GOLDEN = Path(__file__).resolve().parents[1] / "fixtures" / "golden"
+AREAS = {
+    "all": (1, 1e10),
+    "tiny": (1, 400),
+    "tiny1": (1, 64),
+    "tiny2": (64, 144),
+    "tiny3": (144, 400),
+    "small": (400, 1024),
+    "reasonable": (1024, 1e10),
+}
+SIZES = {
+    "all": (-1, 1e10),
+    "tiny": (2, 20),
+    "tiny1": (2, 8),
+    "tiny2": (8, 12),
+    "tiny3": (12, 20),
+    "small": (20, 32),
+}
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def golden(name):
+    return json.loads(gzip.decompress((GOLDEN / f"{name}.json.gz").read_bytes()))
+
+
+MICRO = golden("micro")
+
+
+def assert_equal(results, expected, tolerance=1e-9):
+    assert results.keys() == expected.keys()
+    wrong = {
+        key: (results[key], expected[key])
+        for key in expected
+        if not abs(results[key] - expected[key]) <= tolerance
+    }
+    assert wrong == {}
+
+
+def official(expected):
+    return {key.replace("_All", "_all"): value for key, value in expected.items()}
+
+
+# The protocol once more, as literally and slowly as it is told.
+
+
+def intersection(a, b):
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    return max(width, 0) * max(height, 0)
+
+
+def box_area(box):
+    return box[2] * box[3]
+
+
+def iou_of(a, b):
+    inside = intersection(a, b)
+    return inside / (box_area(a) + box_area(b) - inside) if inside else 0.0
+
+
+def iod_of(box, region):
+    inside = intersection(box, region)
+    return inside / box_area(box) if inside else 0.0
+
+
+def judge(detections, truths, is_ignored, threshold, excuses):
+    """Right, wrong or excused, for each detection of an image; best scores first."""
+    free = [t for t in truths if not is_ignored(t)]
+    ignored = [t for t in truths if is_ignored(t)]
+    verdicts = []
+    for detection in detections:
+        best, partner = threshold, None
+        for truth in free:
+            overlap = iou_of(detection["bbox"], truth["bbox"])
+            if overlap >= best:
+                best, partner = overlap, truth
+        if partner is not None:
+            free = [t for t in free if t is not partner]
+            verdicts.append("right")
+        elif excuses(detection, ignored):
+            verdicts.append("excused")
+        else:
+            verdicts.append("wrong")
+    return verdicts
+
+
+def curve_of(coco, detections, category, limit, keep, is_ignored, threshold, excuses):
+    """Verdicts by falling score over all images, and how many objects there are to be found."""
+    scored, total = [], 0
+    for image in sorted(image["id"] for image in coco["images"]):
+        place = {"image_id": image, "category_id": category}
+
+        def here(entry, place=place):
+            return all(entry[key] == place[key] for key in place)
+
+        truths = list(filter(here, coco["annotations"]))
+        best = sorted(filter(here, detections), key=lambda d: -d["score"])[:limit]
+        best = list(filter(keep, best))
+        verdicts = judge(best, truths, is_ignored, threshold, excuses)
+        scored += [(d["score"], v) for d, v in zip(best, verdicts, strict=True)]
+        total += sum(not is_ignored(t) for t in truths)
+    scored.sort(key=lambda entry: -entry[0])
+    return [verdict for _, verdict in scored], total
+
+
+def slow_precision_and_recall(coco, detections, bounds, threshold):
+    low, high = bounds
+
+    def is_ignored(t):
+        flagged = t.get("ignore") or t.get("uncertain") or t.get("iscrowd")
+        return bool(flagged) or not low <= t.get("area", box_area(t["bbox"])) <= high
+
+    def excuses(d, regions):
+        outside = not low <= box_area(d["bbox"]) <= high
+        return outside or any(iod_of(d["bbox"], r["bbox"]) >= threshold for r in regions)
+
+    precisions, recalls = [], []
+    for category in coco["categories"]:
+        verdicts, total = curve_of(
+            coco, detections, category["id"], 200, lambda d: True, is_ignored, threshold, excuses
+        )
+        if total == 0:
+            continue
+        points, right, wrong = [], 0, 0
+        for verdict in verdicts:
+            right, wrong = right + (verdict == "right"), wrong + (verdict == "wrong")
+            points.append((right / total, right / max(right + wrong, 1)))
+        precisions += [
+            max((precision for recall, precision in points if recall >= level), default=0.0)
+            for level in np.linspace(0, 1, 101)
+        ]
+        recalls.append(right / total)
+    if not recalls:
+        return -1.0, -1.0
+    return sum(precisions) / len(precisions), sum(recalls) / len(recalls)
+
+
+def slow_miss_rate(coco, detections, bounds, threshold, quirks):
+    low, high = bounds
+
+    def is_ignored(t):
+        size = t.get("size", math.sqrt(t.get("area", box_area(t["bbox"]))))
+        flagged = t.get("ignore") or t.get("uncertain") or t.get("vis_ratio", 1) < 0.65
+        return bool(flagged) or not low <= size <= high
+
+    def is_slip(d, region, x):
+        area = region.get("area", box_area(region["bbox"]))
+        return quirks and x > 0 and x / (1 + x) * (1 + area / box_area(d["bbox"])) > 0.5
+
+    def excuses(d, regions):
+        inside = [(region, iod_of(d["bbox"], region["bbox"])) for region in regions]
+        return any(x >= threshold or is_slip(d, region, x) for region, x in inside)
+
+    def keep(d):
+        return low / 1.25 <= math.sqrt(box_area(d["bbox"])) < high * 1.25
+
+    logs = []
+    for category in coco["categories"]:
+        verdicts, total = curve_of(
+            coco, detections, category["id"], 1000, keep, is_ignored, threshold, excuses
+        )
+        if total == 0:
+            continue
+        right, wrong, recalls, rates = 0, 0, [], []
+        for verdict in verdicts:
+            right, wrong = right + (verdict == "right"), wrong + (verdict == "wrong")
+            recalls.append(right / total)
+            rates.append(wrong / len(coco["images"]))
+        step = math.log(100) / 8
+        for point in np.exp(np.arange(math.log(0.01), math.log(1.0) + 1e-10, step)):
+            start = recalls[-1] if quirks and recalls else 0.0
+            reached = [r for r, rate in zip(recalls, rates, strict=True) if rate <= point]
+            recall = [start, *reached][-1]
+            logs.append(math.log(1 - recall) if recall < 1 else -math.inf)
+    return math.exp(sum(logs) / len(logs)) if logs else -1.0
+
+
+def slow_evaluation(coco, detections, quirks):
+    results = {}
+    for percent in (25, 50, 75):
+        for name, bounds in AREAS.items():
+            figures = slow_precision_and_recall(coco, detections, bounds, percent / 100)
+            results[f"AP{percent}_{name}"], results[f"AR{percent}_{name}"] = figures
+        for name, bounds in SIZES.items():
+            figure = slow_miss_rate(coco, detections, bounds, percent / 100, quirks)
+            results[f"MR{percent}_{name}"] = figure
+    return results
+
+
+def random_data(seed, *, grid=False, num_images=4, num_categories=1, num_boxes=6, num_found=12):
+    """People of all sizes, half of the detections near them.
+
+    On the grid, everything meets: sizes the ends of ranges, overlaps the thresholds, scores and
+    overlaps each other. Off it, nothing ties.
+    """
+    rng = np.random.default_rng(seed)
+    images = rng.permutation(np.arange(100, 100 + num_images)).tolist()
+    categories = rng.permutation(np.arange(7, 7 + num_categories)).tolist()
+    sides = [1, 2, 4, 8, 12, 16, 20, 32, 40]
+
+    def box(near=None):
+        if near is not None and rng.random() < 0.5:
+            x, y, w, h = near
+            if grid:
+                shift = rng.integers(-2, 3, 4) * [w / 8, h / 8, w / 4, h / 4]
+                return [x + shift[0], y + shift[1], w + shift[2], h + shift[3]]
+            factors = np.exp(rng.normal(0, 0.15, 2))
+            shift = rng.normal(0, 0.15, 2) * [w, h]
+            return [x + shift[0], y + shift[1], w * factors[0], h * factors[1]]
+        if grid:
+            return [*rng.integers(0, 12, 2) * 4.0, *rng.choice(sides, 2).astype(float)]
+        return [*rng.uniform(0, 60, 2), *np.exp(rng.uniform(0, 4, 2))]
+
+    def place():
+        return {"image_id": int(rng.choice(images)), "category_id": int(rng.choice(categories))}
+
+    def optional(**fields):
+        return {key: value for key, value in fields.items() if rng.random() < 0.15}
+
+    annotations = []
+    for identity in rng.permutation(num_boxes).tolist():
+        bbox = [float(v) for v in box()]
+        extra = optional(ignore=True, uncertain=1, iscrowd=1, area=box_area(bbox))
+        if grid:
+            extra |= optional(
+                size=float(rng.choice(sides)), vis_ratio=float(rng.choice([0.6, 0.65]))
+            )
+        annotations.append({"id": identity, **place(), "bbox": bbox, **extra})
+    found = []
+    for rank in rng.permutation(num_found).tolist():
+        near = annotations[rng.integers(num_boxes)] if num_boxes else None
+        where = {key: near[key] for key in ("image_id", "category_id")} if near else place()
+        bbox = [float(v) for v in box(near["bbox"] if near else None)]
+        score = rank // 3 / 8 if grid else (rank + 0.5) / num_found
+        found.append({**where, "bbox": bbox, "score": score})
+    coco = {
+        "images": [{"id": identity} for identity in images],
+        "categories": [{"id": identity} for identity in categories],
+        "annotations": annotations,
+    }
+    return coco, found
+
+
+def person(identity=1, bbox=(10, 10, 10, 10), **more):
+    return {"id": identity, "image_id": 1, "category_id": 1, "bbox": list(bbox), **more}
+
+
+def guess(bbox=(10, 10, 10, 10), score=0.5, **more):
+    return {"image_id": 1, "category_id": 1, "bbox": list(bbox), "score": score, **more}
+
+
+def scene(*annotations, num_images=100):
+    images = [{"id": identity} for identity in range(1, num_images + 1)]
+    return {"images": images, "categories": [{"id": 1}], "annotations": list(annotations)}
+
+
+class TestOfficialFigures:
+    def test_whole_set_from_files(self, tmp_path):
+        for name in ("gt_a", "dt_a"):
+            (tmp_path / f"{name}.json").write_text(json.dumps(golden(name)))
+        results = evaluate_tiny(tmp_path / "gt_a.json", str(tmp_path / "dt_a.json"))
+        assert_equal(results, official(golden("expected_a")))
+
+    @pytest.mark.parametrize("name", MICRO)
+    def test_single_rules(self, name):
+        case = MICRO[name]
+        assert_equal(evaluate_tiny(case["gt"], case["dt"]), official(case["expected"]))
+
+    def test_without_quirks_the_whole_set_has_more_misses_and_the_same_precision(self):
+        expected, clean = (
+            official(golden("expected_a")),
+            evaluate_tiny(golden("gt_a"), golden("dt_a"), quirks=False),
+        )
+        assert_equal(
+            {k: v for k, v in clean.items() if k[:2] != "MR"},
+            {k: v for k, v in expected.items() if k[:2] != "MR"},
+        )
+        more = [clean[key] - expected[key] for key in expected if key[:2] == "MR"]
+        assert min(more) >= 0
+        assert 0.001 < max(more) < 0.026
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        seed=SEEDS, quirks=st.booleans(), crowded=st.booleans(), images=st.sampled_from([1, 4, 120])
+    )
+    def test_equals_the_slow_reference(self, seed, quirks, crowded, images):
+        coco, found = random_data(
+            seed,
+            grid=True,
+            num_images=2,
+            num_categories=1 + seed % 2,
+            num_boxes=12 if crowded else 4,
+            num_found=30 if crowded else 8,
+        )
+        coco["images"] += [{"id": 1000 + index} for index in range(images - 1)]
+        assert_equal(
+            evaluate_tiny(coco, found, quirks=quirks), slow_evaluation(coco, found, quirks)
+        )
+
+
+class TestInvariance:
+    @settings(max_examples=15, deadline=None)
+    @given(seed=SEEDS)
+    def test_order_of_entries(self, seed):
+        coco, found = random_data(seed)
+        rng = np.random.default_rng(seed + 1)
+        shuffled = {
+            key: [entries[i] for i in rng.permutation(len(entries))]
+            for key, entries in coco.items()
+        }
+        other = [found[i] for i in rng.permutation(len(found))]
+        assert_equal(evaluate_tiny(shuffled, other), evaluate_tiny(coco, found))
+
+    @settings(max_examples=15, deadline=None)
+    @given(seed=SEEDS)
+    def test_ids_are_names(self, seed):
+        coco, found = random_data(seed, num_categories=2)
+        renamed, other = copy.deepcopy((coco, found))
+        for entry in renamed["images"] + renamed["categories"]:
+            entry["id"] = 2**40 - 3 * entry["id"]
+        for entry in renamed["annotations"] + other:
+            entry["image_id"] = 2**40 - 3 * entry["image_id"]
+            entry["category_id"] = 2**40 - 3 * entry["category_id"]
+        for entry in renamed["annotations"]:
+            entry["id"] -= 5
+        assert_equal(evaluate_tiny(renamed, other), evaluate_tiny(coco, found))
+
+    @settings(max_examples=15, deadline=None)
+    @given(seed=SEEDS, slope=st.floats(1e-3, 1e3), offset=st.floats(-1e3, 1e3))
+    def test_scores_matter_by_their_order_alone(self, seed, slope, offset):
+        coco, found = random_data(seed)
+        scaled = [{**entry, "score": slope * entry["score"] + offset} for entry in found]
+        assert_equal(evaluate_tiny(coco, scaled), evaluate_tiny(coco, found))
+
+    @settings(max_examples=15, deadline=None)
+    @given(seed=SEEDS, extra=st.integers(1, 200))
+    def test_an_empty_image_leaves_precision_and_only_lowers_the_miss_rate(self, seed, extra):
+        coco, found = random_data(seed)
+        before = evaluate_tiny(coco, found, quirks=False)
+        coco["images"] += [{"id": 1000 + index} for index in range(extra)]
+        after = evaluate_tiny(coco, found, quirks=False)
+        for key, figure in before.items():
+            assert after[key] <= figure if key[:2] == "MR" else after[key] == figure
+
+    @settings(max_examples=15, deadline=None)
+    @given(seed=SEEDS)
+    def test_detections_in_a_region_apart_are_free(self, seed):
+        coco, found = random_data(seed)
+        region = {"bbox": [1000, 1000, 50, 50], "image_id": 100, "category_id": 7, "ignore": 1}
+        coco["annotations"].append({"id": 1000, **region})
+        inside = {**region, "bbox": [1010, 1010, 9, 9]}
+        more = [{**inside, "score": score} for score in (2.0, 0.51, -1.0)]
+        before = evaluate_tiny(coco, found, quirks=False)
+        assert_equal(evaluate_tiny(coco, found + more, quirks=False), before)
+
+    @settings(max_examples=15, deadline=None)
+    @given(seed=SEEDS)
+    def test_categories_are_averaged(self, seed):
+        coco, found = random_data(seed, num_categories=2, num_boxes=16, num_found=40)
+        together = evaluate_tiny(coco, found)
+        single = []
+        for category in coco["categories"]:
+            mine = [a for a in coco["annotations"] if a["category_id"] == category["id"]]
+            part = {**coco, "categories": [category], "annotations": mine}
+            hits = [d for d in found if d["category_id"] == category["id"]]
+            single.append(evaluate_tiny(part, hits))
+        for key, figure in together.items():
+            known = [results[key] for results in single if results[key] >= 0]
+            if not known:
+                assert figure == -1
+            elif key.startswith("MR"):
+                assert figure == pytest.approx(math.prod(known) ** (1 / len(known)), abs=1e-12)
+            else:
+                assert figure == pytest.approx(sum(known) / len(known), abs=1e-12)
+
+
+class TestRules:
+    def test_nothing_to_find(self):
+        results = evaluate_tiny(scene(), [guess()])
+        assert set(results.values()) == {-1.0}
+
+    def test_no_image(self):
+        empty = {"images": [], "categories": [], "annotations": []}
+        assert set(evaluate_tiny(empty, []).values()) == {-1.0}
+
+    def test_nothing_found(self):
+        results = evaluate_tiny(scene(person()), [])
+        figures = {key: value for key, value in results.items() if value != -1}
+        assert figures
+        assert figures == {key: float(key.startswith("MR")) for key in figures}
+
+    @pytest.mark.parametrize(("misses", "found"), [(199, True), (200, False)])
+    def test_precision_takes_200_detections_per_image(self, misses, found):
+        wrong = [guess((500, 500, 10, 10), 0.9)] * misses
+        assert (evaluate_tiny(scene(person()), [*wrong, guess()])["AR50_tiny"] == 1) is found
+
+    @pytest.mark.parametrize(("misses", "found"), [(999, True), (1000, False)])
+    def test_miss_rate_takes_1000_detections_per_image(self, misses, found):
+        wrong = [guess((500, 500, 10, 10), 0.9)] * misses
+        results = evaluate_tiny(scene(person(), num_images=1000), [*wrong, guess()])
+        assert (results["MR50_tiny"] == 0) is found
+
+    def test_the_limits_hold_per_category(self):
+        coco = scene(person())
+        coco["categories"].append({"id": 2})
+        wrong = [guess((500, 500, 10, 10), 0.9, category_id=2)] * 1000
+        results = evaluate_tiny(coco, [*wrong, guess()])
+        assert results["AP50_tiny"] == pytest.approx(1)
+        assert results["MR50_tiny"] == 0
+
+    def test_area_and_size_come_from_the_annotation_if_given(self):
+        results = evaluate_tiny(scene(person(area=500)), [guess()])
+        assert results["AP50_small"] == pytest.approx(1)
+        assert results["AP50_tiny"] == -1
+        assert (results["MR50_small"], results["MR50_tiny"]) == (1, -1)
+        results = evaluate_tiny(scene(person(size=25)), [guess((10, 10, 12, 12))])
+        assert results["AP50_tiny2"] == pytest.approx(1)
+        assert (results["MR50_small"], results["MR50_tiny"]) == (1, -1)
+
+    @pytest.mark.parametrize(
+        ("fields", "counts"),
+        [
+            ({}, True),
+            ({"vis_ratio": 0.65}, True),
+            ({"vis_ratio": 0.64}, False),
+            ({"vis": [10, 10, 10, 6.5]}, True),
+            ({"vis": [10, 10, 8, 8]}, False),
+            ({"vis": [10, 10, 8, 8], "vis_ratio": 0.7}, True),
+        ],
+    )
+    def test_hidden_people_are_ignored_by_the_miss_rate(self, fields, counts):
+        results = evaluate_tiny(scene(person(**fields)), [guess()])
+        assert results["MR50_tiny"] == (0 if counts else -1)
+        assert results["AP50_tiny"] == pytest.approx(1)
+
+    def test_people_under_a_pixel_are_ignored_by_precision_only(self):
+        results = evaluate_tiny(scene(person(bbox=(10, 10, 0.5, 0.5))), [])
+        assert (results["AP50_all"], results["MR50_all"]) == (-1, 1)
+
+    @pytest.mark.parametrize(
+        ("side", "counts"), [(15.9, False), (16, True), (39.9, True), (40, False)]
+    )
+    def test_mistakes_far_from_a_range_are_none_in_its_miss_rate(self, side, counts):
+        found = [guess((500, 500, side, side), 0.9)] * 200 + [guess((10, 10, 25, 25))]
+        results = evaluate_tiny(scene(person(bbox=(10, 10, 25, 25))), found)
+        assert results["MR50_small"] == counts
+
+    def test_crowds_are_ignored_by_precision_only(self):
+        results = evaluate_tiny(scene(person(iscrowd=1)), [])
+        assert (results["AP50_tiny"], results["MR50_tiny"]) == (-1, 1)
+
+    def test_of_equal_partners_the_last_is_taken(self):
+        # Both overlap the first detection equally; the second detection fits the first alone.
+        people = [person(1, (0, 0, 10, 10)), person(2, (10, 0, 10, 10))]
+        found = [guess((5, 0, 10, 10), 0.9), guess((0, 0, 10, 10), 0.8)]
+        assert evaluate_tiny(scene(*people), found)["AR25_tiny"] == 1
+        assert evaluate_tiny(scene(*people[::-1]), found)["AR25_tiny"] == 0.5
+        assert evaluate_tiny(scene(*people), found)["MR25_tiny"] == 0
+        assert evaluate_tiny(scene(*people[::-1]), found)["MR25_tiny"] == pytest.approx(0.5)
+
+    def test_quirk_large_ignored_regions_excuse_whatever_touches_them(self):
+        coco = scene(person(), person(2, (200, 200, 100, 100), ignore=True))
+        found = [guess(score=0.1)] + [guess((190.5, 220, 10, 10), 0.9)] * 200
+        assert evaluate_tiny(coco, found)["MR50_tiny"] == 0
+        assert evaluate_tiny(coco, found, quirks=False)["MR50_tiny"] == 1
+
+    def test_quirk_needs_more_than_one_half(self):
+        # A quarter inside a region one and a half times its size: 0.25 / 1.25 * 2.5 = 0.5.
+        found = [guess((500, 500, 10, 10), 0.9)] * 200 + [guess()]
+        for width, figure in ((15, 1), (16, 0)):
+            region = person(2, (507.5, 500, width, 10), ignore=True)
+            assert evaluate_tiny(scene(person(), region), found)["MR50_tiny"] == figure
+
+    def test_quirk_a_rate_exceeded_by_the_first_detection_has_the_last_recall(self):
+        coco = scene(person(), num_images=10)
+        found = [guess((500, 500, 10, 10), 0.9), guess()]
+        # One mistake in ten images: of the nine rates, the four below 0.1 are exceeded at once.
+        assert evaluate_tiny(coco, found)["MR50_tiny"] == 0
+        coco["annotations"].append(person(2, (300, 300, 10, 10)))
+        assert evaluate_tiny(coco, found)["MR50_tiny"] == pytest.approx(0.5)
+        clean = evaluate_tiny(coco, found, quirks=False)
+        assert clean["MR50_tiny"] == pytest.approx(0.5 ** (5 / 9))
+
+
+class TestInput:
+    def test_is_not_modified_and_nothing_is_printed(self, capfd):
+        coco, found = random_data(3, grid=True)
+        before = copy.deepcopy((coco, found))
+        first = evaluate_tiny(coco, found)
+        assert (coco, found) == before
+        assert evaluate_tiny(coco, found) == first
+        assert capfd.readouterr() == ("", "")
+
+    def test_numbers_of_numpy(self):
+        coco, found = random_data(4)
+        arrays = [
+            {
+                "image_id": np.int64(entry["image_id"]),
+                "category_id": np.int32(entry["category_id"]),
+                "bbox": np.array(entry["bbox"]),
+                "score": np.float64(entry["score"]),
+            }
+            for entry in found
+        ]
+        assert evaluate_tiny(coco, arrays) == evaluate_tiny(coco, found)
+
+    def test_results_are_json(self):
+        results = evaluate_tiny(scene(person()), [guess()])
+        assert json.loads(json.dumps(results)) == results
+        assert {type(figure) for figure in results.values()} == {float}
+
+    @pytest.mark.parametrize(
+        ("field", "value", "message"),
+        [
+            ("image_id", 999, r"annotations\[1\].*image_id 999.*expected"),
+            ("image_id", "1", r"annotations\[1\].image_id.*`int`.*`str`"),
+            ("category_id", 999, r"annotations\[1\].*category_id 999.*expected"),
+            ("id", 1, r"annotations\[1\].*id 1.*expected.*annotations\[0\]"),
+            ("bbox", [0, 0, 1], r"annotations\[1\].bbox.*length 4.*3"),
+            ("bbox", [0, 0, -1, 1], r"annotations\[1\].*-1.*expected.*negative"),
+            ("bbox", [0, math.nan, 1, 1], r"annotations\[1\].*nan.*expected.*finite"),
+            ("bbox", [0, 0, math.inf, 1], r"annotations\[1\].*inf.*expected.*finite"),
+            ("bbox", None, r"annotations\[1\].bbox.*null"),
+            ("area", -1, r"annotations\[1\].*area -1.*expected"),
+            ("area", math.nan, r"annotations\[1\].*area nan.*expected"),
+            ("size", math.inf, r"annotations\[1\].*size inf.*expected"),
+            ("vis", [0, 0, math.nan, 1], r"annotations\[1\].*nan.*expected"),
+            ("ignore", "no", r"annotations\[1\].ignore.*`str`"),
+        ],
+    )
+    def test_bad_annotations(self, field, value, message):
+        coco = scene(person(), person(2) | {field: value})
+        with pytest.raises(ValueError, match=message):
+            evaluate_tiny(coco, [])
+
+    @pytest.mark.parametrize(
+        ("field", "value", "message"),
+        [
+            ("image_id", 999, r"detections\[1\].*image_id 999.*expected"),
+            ("category_id", 999, r"detections\[1\].*category_id 999.*expected"),
+            ("score", math.nan, r"detections\[1\].*score nan.*expected"),
+            ("score", "0.5", r"detections\[1\].score.*`float`.*`str`"),
+            ("bbox", [0, 0, 1, -2], r"detections\[1\].*-2.*expected"),
+            ("bbox", [0, 0, 1, math.nan], r"detections\[1\].*nan.*expected"),
+            ("bbox", "box", r"detections\[1\].bbox.*`array`.*`str`"),
+        ],
+    )
+    def test_bad_detections(self, field, value, message, tmp_path):
+        found = [guess(), guess() | {field: value}]
+        with pytest.raises(ValueError, match=message):
+            evaluate_tiny(scene(person()), found)
+        path = tmp_path / "found.json"
+        path.write_text(json.dumps(found))
+        with pytest.raises(ValueError, match=r"found\.json.*" + message):
+            evaluate_tiny(scene(person()), path)
+
+    @pytest.mark.parametrize("key", ["id", "image_id", "category_id", "bbox"])
+    def test_missing_keys_of_annotations(self, key):
+        broken = person(2)
+        del broken[key]
+        with pytest.raises(ValueError, match=rf"annotations\[1\].*{key}"):
+            evaluate_tiny(scene(person(), broken), [])
+
+    @pytest.mark.parametrize("key", ["image_id", "category_id", "bbox", "score"])
+    def test_missing_keys_of_detections(self, key):
+        broken = guess()
+        del broken[key]
+        with pytest.raises(ValueError, match=rf"detections\[1\].*{key}"):
+            evaluate_tiny(scene(person()), [guess(), broken])
+
+    @pytest.mark.parametrize("key", ["images", "categories"])
+    def test_duplicate_ids(self, key):
+        coco = scene(person())
+        coco[key].append({"id": 1})
+        with pytest.raises(ValueError, match=rf"{key}\[\d+\].*id 1\b.*{key}\[0\]"):
+            evaluate_tiny(coco, [])
+
+    @pytest.mark.parametrize("key", ["images", "categories", "annotations"])
+    def test_missing_lists(self, key):
+        coco = scene()
+        del coco[key]
+        with pytest.raises(ValueError, match=rf"ground_truth.*{key}"):
+            evaluate_tiny(coco, [])
+
+    def test_truncated_file(self, tmp_path):
+        path = tmp_path / "truth.json"
+        path.write_text(json.dumps(scene(person()))[:-5])
+        with pytest.raises(ValueError, match=r"truth\.json.*JSON"):
+            evaluate_tiny(path, [])
+
+    @pytest.mark.parametrize(
+        ("arguments", "name"),
+        [((5, []), "ground_truth"), ((scene(), 5), "detections"), ((scene(), {}), "detections")],
+    )
+    def test_other_objects(self, arguments, name):
+        with pytest.raises((TypeError, ValueError), match=rf"{name}.*[Ee]xpected"):
+            evaluate_tiny(*arguments)
+
+    def test_a_missing_evaluator_is_named_with_its_extra(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+        with pytest.raises(ImportError, match=r'pip install "alphafpn\[tiny\]"'):
+            evaluate_tiny(scene(), [])
+
+
+class TestTable:
+    def test_has_every_figure_once(self):
+        results = evaluate_tiny(golden("gt_a"), golden("dt_a"))
+        header, *rows = format_tiny(results).splitlines()
+        columns = header.split()
+        shown = {
+            f"{column}_{name}": figure
+            for name, *figures in map(str.split, rows)
+            for column, figure in zip(columns, figures, strict=True)
+            if figure != "-"
+        }
+        assert shown == {key: f"{100 * figure:.2f}" for key, figure in results.items()}
+        assert len({len(line) for line in (header, *rows)}) == 1
+
+    def test_shows_a_dash_where_there_is_nothing_to_find(self):
+        lines = format_tiny(evaluate_tiny(scene(person()), [guess()])).splitlines()
+        assert lines[2].split() == ["tiny", *["100.00"] * 6, *["0.00"] * 3]
+        assert lines[6].split() == ["small", *["-"] * 9]
