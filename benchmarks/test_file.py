@@ -1,0 +1,137 @@
+"""From an annotation file of COCO's size to factors, each step in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.coco_like import ANNOTATIONS, IMAGES, write
+
+ROUNDS = 3
+
+# Each prints the seconds of its work, without imports, and the peak memory of the process in MiB.
+FRAME = """
+import resource, sys, time
+{imports}
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+start = time.perf_counter()
+{work}
+print(time.perf_counter() - start, peak(), before)
+"""
+PROGRAMS = {
+    "typed msgspec decode": (
+        "import msgspec\nfrom alphafpn.datasets import _Coco",
+        "msgspec.json.Decoder(_Coco).decode(open(sys.argv[1], 'rb').read())",
+    ),
+    "orjson": ("import orjson", "orjson.loads(open(sys.argv[1], 'rb').read())"),
+    "json": ("import json", "json.load(open(sys.argv[1]))"),
+    "pycocotools": (
+        "from pycocotools.coco import COCO\nimport contextlib, io",
+        "with contextlib.redirect_stdout(io.StringIO()): COCO(sys.argv[1])",
+    ),
+    "estimate_alpha_for": (
+        "import torch, torchvision\nfrom alphafpn import estimate_alpha_for\n"
+        "with torch.device('meta'):\n"
+        "    model = torchvision.models.detection.fasterrcnn_resnet50_fpn(\n"
+        "        weights=None, weights_backbone=None)",
+        "estimate_alpha_for(model, sys.argv[1])",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def annotation_file() -> Path:
+    """Kept between runs: writing it takes longer than most benchmarks."""
+    path = Path(tempfile.gettempdir()) / "alphafpn-coco-like.json"
+    if not path.exists():
+        part = path.with_suffix(".part")
+        with part.open("w") as file:
+            write(file)
+        part.replace(path)
+    return path
+
+
+def run(program: str, path: Path) -> tuple[float, float, float]:
+    imports, work = PROGRAMS[program]
+    out = subprocess.run(
+        [sys.executable, "-c", FRAME.format(imports=imports, work=work), str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    ).stdout
+    seconds, peak, before = map(float, out.split())
+    return seconds, peak, before
+
+
+def test_file_to_factors(benchmark: Any, record: Any, annotation_file: Path) -> None:
+    size = annotation_file.stat().st_size / 2**20
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in PROGRAMS}
+    for _ in range(ROUNDS):
+        for name in PROGRAMS:
+            found[name].append(run(name, annotation_file))
+    benchmark.pedantic(lambda: run("estimate_alpha_for", annotation_file), rounds=1)
+    ours = float(np.median([s for s, *_ in found["estimate_alpha_for"]]))
+    for name, rounds in found.items():
+        seconds = float(np.median([s for s, *_ in rounds]))
+        record(
+            f"file/{name}",
+            file_mib=size,
+            images=IMAGES,
+            annotations=ANNOTATIONS,
+            median_s=seconds,
+            ours_over_this=ours / seconds,
+            peak_mib=max(peak for _, peak, _ in rounds),
+            peak_over_file=max(peak - before for _, peak, before in rounds) / size,
+        )
+
+
+SHARD = """
+import json, os, sys, torch
+import torch.distributed as dist
+from alphafpn import AlphaEstimate, estimate_alpha
+from benchmarks.workload import boxes, layout
+rank, world = int(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=world)
+images = list(boxes(100_000).split(7))
+ours = estimate_alpha(layout(3), images[rank::world]).all_reduce()
+if rank == 0:
+    print(json.dumps([ours.to_dict(), estimate_alpha(layout(3), images).to_dict()]))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_shards_equal_one_process(
+    benchmark: Any, record: Any, tmp_path: Path, processes: int
+) -> None:
+    def run_shards() -> bool:
+        meeting = tmp_path / f"meet{len(list(tmp_path.iterdir()))}"
+        arguments = [str(processes), str(meeting)]
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", SHARD, str(rank), *arguments],
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(processes)
+        ]
+        outputs = [process.communicate()[0] for process in started]
+        assert all(process.returncode == 0 for process in started)
+        together, alone = json.loads(outputs[0])
+        return together == alone
+
+    equal = benchmark.pedantic(run_shards, rounds=1)
+    assert equal
+    record(f"shards/{processes} gloo processes", boxes=100_000, equal_to_the_last_count=equal)
