@@ -2,14 +2,30 @@
 
 from alphafpn.anchors import AnchorLayout
 from alphafpn.estimate import AlphaEstimate
+from alphafpn.gradients import gradient_shares
 from alphafpn.pipeline import estimate_alpha_for
+from alphafpn.pyramid import (
+    AlphaFeaturePyramidNetwork,
+    AttentionAlpha,
+    LearnableAlpha,
+    alpha_parameters,
+)
 from alphafpn.statistics import estimate_alpha
+from alphafpn.surgery import fold_alpha, patch_detector, unpatch_detector
 
 __all__ = [
     "AlphaEstimate",
+    "AlphaFeaturePyramidNetwork",
     "AnchorLayout",
+    "AttentionAlpha",
+    "LearnableAlpha",
+    "alpha_parameters",
     "estimate_alpha",
     "estimate_alpha_for",
+    "fold_alpha",
+    "gradient_shares",
+    "patch_detector",
+    "unpatch_detector",
 ]
 
 __version__ = "0.1.0"
