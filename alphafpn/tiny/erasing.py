@@ -1,0 +1,114 @@
+"""Painting over ignored regions, as a transform for `torchvision.transforms.v2`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+
+from alphafpn.tiny._box_transform import PER_IMAGE, BoxTransform, to_xywh
+
+
+class EraseIgnored(BoxTransform):
+    """Paint over regions that nobody annotated one by one, and drop their boxes.
+
+    Each region gets its own mean colour, by channel. What no source settles and we chose [I]: a
+    region covers every pixel that its box touches within the image; its colour is that of the image
+    before anything was painted; objects that overlap a region are painted over with it and keep
+    their boxes.
+
+    The image may be PIL's or a tensor of any dtype. The sample is as for `ScaleMatch`.
+
+    Args:
+        keys: Keys of the target with one flag per box; a box with any of them set is a region.
+            Keys that a target does not have are passed over, but one must be there.
+        per_image: Keys of the target whose values describe the image, as in `ScaleMatch`.
+
+    Raises:
+        TypeError: If a sample has no image, boxes that are no `BoundingBoxes`, or an image with a
+            palette, in which colours have no mean.
+        ValueError: If boxes have none of the flags or not one flag each, or are rotated, inverted
+            or not finite.
+
+    Examples:
+        >>> boxes = [[0, 0, 2, 1], [2, 0, 4, 1]]
+        >>> boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(1, 4))
+        >>> target = {"boxes": boxes, "ignore": [True, False]}
+        >>> image, target = EraseIgnored()(torch.tensor([[[0.0, 1.0, 2.0, 3.0]]]), target)
+        >>> image.tolist(), target["boxes"].tolist(), target["ignore"]
+        ([[[0.5, 0.5, 2.0, 3.0]]], [[2, 0, 4, 1]], [False])
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[str] = ("ignore", "uncertain", "logo"),
+        *,
+        per_image: Sequence[str] = PER_IMAGE,
+    ) -> None:
+        super().__init__(per_image)
+        self.keys = (keys,) if isinstance(keys, str) else tuple(keys)
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """The `regions` to paint, `[R, 4]` as `xywh`, and which boxes are `kept`, `[N]`."""
+        _, boxes, target = flat_inputs
+        found = to_xywh(boxes)
+        kept = torch.ones(len(found), dtype=torch.bool)
+        keys = [key for key in self.keys if key in target]
+        if len(found) and not keys:
+            raise ValueError(f"the target has {list(target)}, expected one of {list(self.keys)}")
+        for key in keys:
+            flags = torch.as_tensor(target[key], dtype=torch.bool, device="cpu")
+            if flags.shape != kept.shape:
+                found_shape = f"target[{key!r}] has shape {list(flags.shape)}"
+                raise ValueError(f"{found_shape}, expected one flag for each of {len(kept)} boxes")
+            kept &= ~flags
+        return {"regions": found[~kept], "kept": kept}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Paint an image; masks and boxes stay."""
+        if isinstance(inpt, PIL.Image.Image):
+            return _paint_pil(inpt, params["regions"])
+        if isinstance(inpt, tv_tensors.Image | tv_tensors.Video):
+            painted = _paint(inpt.as_subclass(Tensor), params["regions"])
+            return tv_tensors.wrap(painted, like=inpt)
+        return inpt if isinstance(inpt, tv_tensors.TVTensor) else _paint(inpt, params["regions"])
+
+
+def _paint(pixels: Tensor, regions: Tensor) -> Tensor:
+    painted = pixels.clone()
+    height, width = pixels.shape[-2:]
+    for left, top, right, bottom in _windows(regions, height, width):
+        region = pixels[..., top:bottom, left:right]
+        colour = region.double().mean((-2, -1), keepdim=True)
+        colour = colour if pixels.is_floating_point() else colour.round()
+        painted[..., top:bottom, left:right] = colour.to(pixels.dtype)
+    return painted
+
+
+def _paint_pil(image: PIL.Image.Image, regions: Tensor) -> PIL.Image.Image:
+    if image.mode == "P":
+        raise TypeError("a PIL image of mode P, expected one without palette such as RGB")
+    painted = image.copy()
+    for window in _windows(regions, image.height, image.width):
+        region = image.crop(window)
+        mean = np.asarray(region, np.float64).mean((0, 1))
+        mean = mean if image.mode == "F" else mean.round().astype(int)
+        colour = tuple(mean.tolist()) if mean.ndim else mean.item()
+        # Not filled directly: Pillow fills 16-bit images with the wrong colour.
+        painted.paste(PIL.Image.new(image.mode, region.size, colour), window)
+    return painted
+
+
+def _windows(regions: Tensor, height: int, width: int) -> Iterator[tuple[int, int, int, int]]:
+    """The pixels that each region touches, as `xyxy`; regions outside of the image are left out."""
+    for x, y, w, h in regions.tolist():
+        left, right = max(0, math.floor(x)), min(width, math.ceil(x + w))
+        top, bottom = max(0, math.floor(y)), min(height, math.ceil(y + h))
+        if left < right and top < bottom:
+            yield left, top, right, bottom
