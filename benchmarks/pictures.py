@@ -1,0 +1,64 @@
+"""Draws the pictures that explain: ``python -m benchmarks.pictures``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import torch
+
+matplotlib.use("agg")
+from matplotlib import pyplot
+from matplotlib.patches import Rectangle
+
+from alphafpn import AnchorLayout, estimate_alpha
+from alphafpn.matching import GridMatcher
+
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+COLOURS = ("#4c78a8", "#f58518")
+
+
+def algorithm1(path: Path) -> None:
+    """The example of "How it works": three boxes and their best anchors on two levels."""
+    cell = torch.tensor([[-8.0, -8.0, 8.0, 8.0]])
+    layout = AnchorLayout([cell, 2 * cell], [8, 16], [(8, 8), (4, 4)], 2)
+    boxes = torch.tensor(
+        [[8.0, 8.0, 20.0, 22.0], [36.0, 10.0, 50.0, 24.0], [18.0, 33.0, 46.0, 61.0]]
+    )
+    levels, ious = GridMatcher([layout._levels], boxes.dtype, boxes.device).match(boxes)
+    estimate = estimate_alpha(layout, boxes)
+    figure, axes = pyplot.subplots(figsize=(6.4, 5.2), layout="constrained")
+    for i, (anchors, colour) in enumerate(zip(layout.anchors(), COLOURS, strict=True)):
+        centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+        axes.plot(
+            *centres.t().tolist(),
+            "o" if i else ".",
+            color=colour,
+            markersize=9 if i else 5,
+            fillstyle="none" if i else "full",
+            label=f"anchor centres, {'32' if i else '16'} px: N = {estimate.counts[i]}",
+        )
+    for box, level, iou in zip(boxes, levels.tolist(), ious.tolist(), strict=True):
+        anchors = layout.anchors()[level]
+        overlap = (
+            torch.minimum(box[2:], anchors[:, 2:]) - torch.maximum(box[:2], anchors[:, :2])
+        ).clamp(min=0)
+        best = anchors[overlap.prod(1).argmax()]
+        for (x1, y1, x2, y2), style in ((box.tolist(), "-"), (best.tolist(), "--")):
+            colour = "black" if style == "-" else COLOURS[level]
+            axes.add_patch(
+                Rectangle(
+                    (x1, y1), x2 - x1, y2 - y1, fill=False, linestyle=style, color=colour, lw=1.8
+                )
+            )
+        axes.text(float(box[0]) + 1, float(box[1]) - 1.5, f"IoU {iou:.2f}", fontsize=9)
+    axes.set(xlim=(-12, 66), ylim=(68, -22), aspect="equal", xlabel="x (px)", ylabel="y (px)")
+    axes.set_title(f"boxes (solid), their best anchors (dashed); $\\alpha$ = {estimate.alpha[0]}")
+    axes.legend(loc="upper left", fontsize=9)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    algorithm1(IMAGES / "algorithm1.png")
