@@ -87,8 +87,7 @@ class AttentionGate(nn.Module):
         """Computes one factor per image: [N, C, H, W] -> [N, 1, 1, 1]."""
         z = self.excite(F.relu(self.squeeze(coarse.mean((2, 3)))))
         factor = self.init * 2 * torch.sigmoid(z)  # type: ignore[operator]
-        # Unlike a factor of shape [], this one would promote a coarse map of a narrower dtype.
-        return factor[:, :, None, None].to(coarse.dtype)
+        return factor[:, :, None, None]
 
 
 class AlphaFeaturePyramidNetwork(FeaturePyramidNetwork):  # type: ignore[misc]

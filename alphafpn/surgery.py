@@ -109,7 +109,7 @@ def fold_alpha(model: M) -> M:
             their dtype; if a weight to scale is missing, parametrised or shared with something
             else in the model. In all cases the model is as it was.
     """
-    pyramids = list(_patched(model))
+    pyramids = _patched(model)
     owners = _owners(model)
     scaled = [pair for path, fpn in pyramids for pair in _folded(path, fpn, owners)]
     with torch.no_grad():
