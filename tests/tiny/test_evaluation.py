@@ -236,7 +236,9 @@ def random_data(seed, *, grid=False, num_images=4, num_categories=1, num_boxes=6
     annotations = []
     for identity in rng.permutation(num_boxes).tolist():
         bbox = [float(v) for v in box()]
-        extra = optional(ignore=True, uncertain=1, iscrowd=1, area=box_area(bbox))
+        extra = optional(
+            ignore=True, uncertain=1, iscrowd=1, area=box_area(bbox) * rng.choice([0.5, 1])
+        )
         if grid:
             extra |= optional(
                 size=float(rng.choice(sides)), vis_ratio=float(rng.choice([0.6, 0.65]))
