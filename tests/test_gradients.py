@@ -15,15 +15,20 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.models import detection
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from alphafpn.gradients import gradient_shares
 from alphafpn.pyramid import AttentionAlpha, LearnableAlpha
 from alphafpn.surgery import patch_detector
+from tests.detectors import (
+    BUILDERS,
+    make_batch,
+    make_detector,
+    make_faster_rcnn,
+    make_fcos,
+    make_retinanet,
+)
 
 FACTORS = [0.5, 0.25]
 KINDS = [list, LearnableAlpha, AttentionAlpha]
@@ -101,70 +106,6 @@ def test_a_feature_that_no_gradient_reaches_is_nan_and_prints():
 
 
 # torchvision's detectors
-
-
-def make_backbone(extra, norm=None, out=8):
-    """Strides 4, 8 and 16 in a few hundred weights, with batch norm and dropout."""
-    body = nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 4, 3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()),
-        nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1), nn.Dropout(0.2), nn.ReLU()),
-        nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU()),
-    )
-    layers = {"0": "0", "1": "1", "2": "2"}
-    return BackboneWithFPN(body, layers, [4, 6, 8], out, extra_blocks=extra, norm_layer=norm)
-
-
-def anchors(levels):
-    return AnchorGenerator(tuple((8 << i,) for i in range(levels)), ((1.0,),) * levels)
-
-
-SIZES = {"min_size": 64, "max_size": 96}
-
-
-def make_retinanet(**kwargs):
-    extra = LastLevelP6P7(8, 8)
-    head = detection.retinanet.RetinaNetHead(8, 1, 2, norm_layer=None)
-    backbone = make_backbone(extra, **kwargs)
-    return detection.RetinaNet(backbone, 2, anchor_generator=anchors(5), head=head, **SIZES)
-
-
-def make_faster_rcnn():
-    return detection.FasterRCNN(
-        make_backbone(LastLevelMaxPool()),
-        rpn_anchor_generator=anchors(4),
-        box_head=detection.faster_rcnn.TwoMLPHead(8 * 49, 8),
-        box_predictor=detection.faster_rcnn.FastRCNNPredictor(8, 2),
-        **SIZES,
-    )
-
-
-def make_fcos():
-    head = detection.fcos.FCOSHead(32, 1, 2, num_convs=1)
-    backbone = make_backbone(LastLevelMaxPool(), out=32)
-    return detection.FCOS(backbone, 2, anchor_generator=anchors(4), head=head, **SIZES)
-
-
-BUILDERS = [make_retinanet, make_faster_rcnn, make_fcos]
-
-
-def make_detector(build, alpha=None):
-    torch.manual_seed(0)
-    model = build().train()
-    return model if alpha is None else patch_detector(model, alpha)
-
-
-def make_batch(boxes=True):
-    """Two images of different sizes, one without boxes; or both without."""
-    generator = torch.Generator().manual_seed(0)
-    images = [
-        torch.rand(3, 64, 64, generator=generator),
-        torch.rand(3, 50, 70, generator=generator),
-    ]
-    given = torch.tensor([[4.0, 4.0, 14.0, 16.0], [20.0, 20.0, 52.0, 50.0]])[: 2 * boxes]
-    return images, [
-        {"boxes": given, "labels": torch.ones(len(given), dtype=torch.int64)},
-        {"boxes": given[:0], "labels": torch.zeros(0, dtype=torch.int64)},
-    ]
 
 
 @pytest.mark.parametrize("build", BUILDERS)
