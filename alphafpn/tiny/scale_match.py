@@ -214,7 +214,6 @@ class MonotoneScaleMatch(ScaleMatch):
         ordered = np.sort(_sizes("source_sizes", source_sizes))
         ranks = (self._cumulative * len(ordered)).astype(np.int64)
         quantiles = ordered[np.minimum(ranks, len(ordered) - 1)]
-        quantiles[-1] = ordered[-1]
         self._source_edges = np.concatenate([ordered[:1], quantiles])
 
     def _scale(self, mean_size: float) -> float:

@@ -154,20 +154,27 @@ def test_monotone_is_the_protocol_taken_literally(seed, part):
 
 @unhurried
 @given(
-    st.lists(st.sampled_from([3.0, 7.0, 50.0]) | positive, min_size=1, max_size=300),
+    st.lists(st.sampled_from([3.0, 7.0, 7 + 2e-7, 50.0]) | positive, min_size=1, max_size=300),
     st.lists(st.sampled_from([9.0, 10.0]) | positive, min_size=1, max_size=300),
     st.lists(st.floats(3, 1000), min_size=2, max_size=30),
     st.sampled_from([(0.1, 1.0), (0.0, 2.0), (0.0, 1e9)]),
 )
 def test_monotone_is_monotone_and_within_the_target(source, target, means, scale_range):
     match = MonotoneScaleMatch(source, target, scale_range=scale_range)
-    means = sorted(means + source[:10])
+    means = sorted(means + source[:10] + [mean + 5e-7 for mean in source[:10]])
     mapped = [resized(match, mean)[0] for mean in means]
     assert mapped == [resized(match, mean)[0] for mean in means]
     assert all(b >= a * (1 - 1e-12) for a, b in itertools.pairwise(mapped))
     if scale_range[1] == 1e9:
         assert min(target) * (1 - 1e-12) <= mapped[0]
         assert mapped[-1] <= max(target) * (1 + 1e-12)
+
+
+def test_a_bin_narrower_than_its_tolerance_keeps_the_order():
+    source = [7.0] + [7 + 1e-8] * 99 + [50.0] * 100
+    match = MonotoneScaleMatch(source, np.linspace(10, 20, 200), scale_range=(0, 1e9))
+    mapped = [resized(match, mean)[0] for mean in (7.0, 7 + 5e-7, 7.1, 50.0)]
+    assert mapped == sorted(mapped)
 
 
 @unhurried
@@ -391,6 +398,21 @@ def test_samples_may_be_dicts_or_nested_or_without_boxes():
     found = MonotoneScaleMatch([20.8], [10.4])({"image": torch.zeros(3, 300, 400), **three})
     assert found["image"].shape[0] == 3
     assert found["boxes"][:, 2].tolist() == [50, 45]
+
+
+def test_the_smallest_image_has_a_pixel():
+    image, target = MonotoneScaleMatch([100.0], [10.0])(*sample([(100, 100)], (4, 400)))
+    assert image.shape == (1, 1, 40)
+    assert target["boxes"].canvas_size == (1, 40)
+
+
+def test_a_mask_of_the_whole_image_is_not_one_per_box():
+    mask = tv_tensors.Mask(torch.arange(2).repeat_interleave(400).reshape(2, 400))
+    _, target = MonotoneScaleMatch([20.0], [90.0])(
+        *sample([(100, 100), (1, 100)], (2, 400), mask=mask)
+    )
+    assert len(target["boxes"]) == 1
+    assert torch.equal(target["mask"], mask)
 
 
 def test_sizes_of_a_dataset(tmp_path):
