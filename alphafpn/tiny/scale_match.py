@@ -230,12 +230,9 @@ def _rectified_histogram(sizes: _Floats) -> tuple[_Floats, _Floats]:
     """Edges of the bins, `[K + 1]`, and cumulative shares of the sizes, `[K]`."""
     ordered, total = np.sort(sizes), len(sizes)
     low, high = int(total * _TAIL), int(total * (1 - _TAIL))
-    smallest, largest = ordered[low], ordered[max(high - 1, low)]
-    if smallest < largest:
-        counts, inner = np.histogram(ordered[low:high], bins=_BINS - 2)
-    else:  # numpy would make up a width for bins that have none
-        counts = np.array([high - low] + [0] * (_BINS - 3))
-        inner = np.full(_BINS - 1, smallest)
+    # Given edges and not their number, numpy takes equal sizes too, as bins of no width.
+    inner = np.linspace(ordered[low], ordered[max(high - 1, low)], _BINS - 1)
+    counts, _ = np.histogram(ordered[low:high], inner)
     edges = np.concatenate([ordered[:1], inner, ordered[-1:]])
     return edges, np.cumsum(np.concatenate([[low], counts, [total - high]]) / total)
 
