@@ -58,8 +58,12 @@ BUILDERS = [make_retinanet, make_faster_rcnn, make_fcos]
 
 
 def make_detector(build, alpha=None):
+    """A detector in training mode; its scores differ from anchor to anchor, as trained ones do."""
     torch.manual_seed(0)
     model = build().train()
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            nn.init.kaiming_normal_(parameter)
     return model if alpha is None else patch_detector(model, alpha)
 
 

@@ -1,0 +1,107 @@
+"""ONNX: pyramids through both exporters, whole detectors as far as stock ones go."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from alphafpn.pyramid import AttentionAlpha, LearnableAlpha
+from alphafpn.surgery import fold_alpha, patch_detector
+from tests.detectors import BUILDERS, make_detector, make_faster_rcnn, make_fcos
+from tests.pyramids import make_features, make_pyramid
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+FACTORS = [0.367, 0.387, 0.368]
+KINDS = [list, LearnableAlpha, AttentionAlpha]
+
+
+class Flat(nn.Module):
+    """A pyramid between lists of maps, as ONNX has no dicts."""
+
+    def __init__(self, fpn):
+        super().__init__()
+        self.fpn = fpn
+
+    def forward(self, *maps):
+        return tuple(self.fpn(OrderedDict((str(i), c) for i, c in enumerate(maps))).values())
+
+
+def run(path, inputs):
+    """Runs an ONNX file; inputs go by their place."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+    found = session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
+    return [torch.from_numpy(x) for x in found]
+
+
+def export(model, args, path, dynamo):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, args, path, dynamo=dynamo, **({"verbose": False} if dynamo else {})
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_pyramids_agree(tmp_path, dynamo, kind):
+    fpn = patch_detector(make_pyramid(extra="p6p7 on c5"), kind(FACTORS))
+    with torch.no_grad():
+        for name, parameter in fpn.named_parameters():
+            if name.startswith("gates"):
+                parameter.add_(0.1)
+    model, path = Flat(fpn), tmp_path / "pyramid.onnx"
+    export(model, tuple(make_features(images=1).values()), path, dynamo)
+    others = tuple(make_features(images=1, seed=1).values())
+    with torch.no_grad():
+        for found, expected in zip(run(path, others), model(*others), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_detectors_agree_as_stock_ones_do(tmp_path, build):
+    """The exporter that traces takes whole detectors: stock, patched and folded."""
+    images = [torch.rand(3, 64, 64, generator=torch.manual_seed(i)) for i in range(2)]
+    stock, patched = make_detector(build).eval(), make_detector(build, FACTORS[:2]).eval()
+    for model in (stock, patched, fold_alpha(make_detector(build, FACTORS[:2]).eval())):
+        export(model, ([images[0]],), tmp_path / "detector.onnx", dynamo=False)
+        found = run(tmp_path / "detector.onnx", images[1:])
+        with torch.no_grad():
+            (expected,) = model(images[1:])
+        assert len(expected["scores"]) > 50
+        for x, y in zip(found, expected.values(), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
+
+
+def outcome(call):
+    """What a call raises, or None."""
+    try:
+        call()
+    except Exception as error:
+        return type(error)
+    return None
+
+
+@pytest.mark.parametrize("build", [make_faster_rcnn, make_fcos])
+def test_detectors_export_no_worse_than_stock(build):
+    """torch.export does not take torchvision's detectors; with patched ones it gets as far."""
+    outcomes = {
+        str(alpha): outcome(lambda: torch.export.export(model, ([torch.rand(3, 64, 64)],)))  # noqa: B023
+        for alpha in (None, FACTORS[:2])
+        for model in [make_detector(build, alpha).eval()]
+    }
+    assert len(set(outcomes.values())) == 1, outcomes
+
+
+def test_detectors_export_to_onnx_by_dynamo_no_worse_than_stock(tmp_path):
+    images, path = ([torch.rand(3, 64, 64)],), tmp_path / "detector.onnx"
+    stock, patched = (make_detector(make_faster_rcnn, a).eval() for a in (None, FACTORS[:2]))
+    expected = outcome(lambda: export(stock, images, path, dynamo=True))
+    assert outcome(lambda: export(patched, images, path, dynamo=True)) is expected
