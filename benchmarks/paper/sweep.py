@@ -126,7 +126,7 @@ def sweep(configs: list[Config], execution: Execution, jobs: int, deadline: floa
 
 
 def _start(jobs: int) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
 
 def _work(config: Config, execution: Execution, deadline: float) -> dict[str, Any] | None:
