@@ -14,6 +14,7 @@ lightning = pytest.importorskip("lightning")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
     # Each batch is the same, so that the order of the data does not matter.
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint"),
 ]
@@ -95,3 +96,18 @@ def test_what_was_trained_folds(tmp_path):
     with pytest.raises(TypeError, match="found only stock pyramids"):
         fold_alpha(module)
     assert patch_detector(module, FACTORS) is module
+
+
+class Remembering(Module):
+    def __init__(self, alpha):
+        super().__init__(alpha)
+        self.save_hyperparameters()
+
+
+def test_factors_as_a_list_are_a_hyperparameter_that_loads(tmp_path):
+    trainer = make_trainer(tmp_path, 1)
+    trainer.fit(Remembering(FACTORS), loader())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = Remembering.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert loaded.hparams.alpha == FACTORS
+    assert loaded.detector.backbone.fpn.alpha.tolist() == FACTORS

@@ -1,0 +1,122 @@
+"""The documentation: every Python block runs, every `alphafpn` command parses."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import sys
+import textwrap
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from alphafpn import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()
+]
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S
+)
+
+
+def blocks(text: str, *languages: str) -> Iterator[tuple[int, str]]:
+    """Fenced blocks in these languages, each with the number of the line before its first."""
+    for match in FENCE.finditer(text):
+        if match["language"] in languages:
+            yield text.count("\n", 0, match.start("code")), textwrap.dedent(match["code"])
+
+
+def missing_library(code: str) -> str | None:
+    """The library that the block opens by importing, where it is not installed."""
+    found = re.match(r"(?:import|from) (\w+)", code)
+    return found[1] if found and importlib.util.find_spec(found[1]) is None else None
+
+
+def run_page(page: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs the Python blocks of a page in order, in one module; returns what was left out."""
+    module = types.ModuleType(f"page_{page.stem.replace('-', '_')}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    left_out = []
+    for line, code in blocks(page.read_text("utf-8"), "python"):
+        library = missing_library(code)
+        if library:
+            left_out.append(f"line {line + 1} needs {library}")
+            continue
+        # Line numbers in tracebacks, and sources that are looked up, are the page's.
+        exec(compile("\n" * line + code, str(page), "exec"), vars(module))
+    return left_out
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Arguments of the `alphafpn` commands in shell blocks."""
+    for _, code in blocks(text, "bash", "console", "sh", "shell"):
+        for line in code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            ends = [i for i, word in enumerate(words) if word in {"|", ">", "&&", ";"}]
+            words = words[: ends[0]] if ends else words
+            if words[:1] == ["alphafpn"]:
+                yield words[1:]
+            elif words[1:3] == ["-m", "alphafpn"]:
+                yield words[3:]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.filterwarnings("ignore")
+def test_python_blocks_run(page, monkeypatch):
+    left_out = run_page(page, monkeypatch)
+    if left_out:
+        pytest.skip(f"ran {page.name} except: {', '.join(left_out)}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_parse(page):
+    for arguments in commands(page.read_text("utf-8")):
+        code: object = 0
+        try:
+            cli._parser().parse_args(arguments)
+        except SystemExit as stop:  # --help and --version end with 0
+            code = stop.code
+        assert code == 0, arguments
+
+
+# The checker itself
+
+
+def test_a_block_sees_those_before_it_and_failures_name_the_line(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Page\n```python\nx = 1\n```\n\n```text\nnot python\n```\n```python\nassert x == 2\n```\n"
+    )
+    with pytest.raises(AssertionError) as failure:
+        run_page(page, monkeypatch)
+    assert failure.traceback[-1].lineno + 1 == 10
+    page.write_text(page.read_text().replace("x = 1", "x = 2"))
+    assert run_page(page, monkeypatch) == []
+
+
+def test_only_a_block_that_opens_with_a_missing_library_is_left_out(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("```python\nimport no_such_library\nraise ValueError\n```\n")
+    assert run_page(page, monkeypatch) == ["line 2 needs no_such_library"]
+    page.write_text("```python\nx = 1\nimport no_such_library\n```\n")
+    with pytest.raises(ModuleNotFoundError):
+        run_page(page, monkeypatch)
+
+
+def test_commands_are_found_in_shell_blocks():
+    text = (
+        "```bash\n$ alphafpn demo --out a  # why\nalphafpn estimate \\\n  b.json > c\nls\n```\n"
+        "    ```bash\n    python -m alphafpn demo | tail\n    ```\n```text\nalphafpn no\n```\n"
+    )
+    assert list(commands(text)) == [["demo", "--out", "a"], ["estimate", "b.json"], ["demo"]]
