@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ class Checkpoints(L.Callback):
     Args:
         path: where to.
         every: steps between two.
-        expired: asked at each checkpoint; true ends the training there.
+        deadline: in `time.time()`; the first checkpoint after it is the last.
     """
 
-    def __init__(self, path: Path, every: int, expired: Callable[[], bool]) -> None:
+    def __init__(self, path: Path, every: int, deadline: float) -> None:
         self.path = path
         self.every = every
-        self.expired = expired
+        self.deadline = deadline
         self._since = time.monotonic()
 
     def on_train_start(self, *_: Any) -> None:
@@ -34,7 +33,9 @@ class Checkpoints(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
         """Saves, if it is time, and at the end."""
-        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+        step = trainer.global_step
+        last = step == trainer.max_steps or module.diverged_at is not None
+        if step % self.every == 0 or last:
             now = time.monotonic()
             module.seconds += now - self._since
             self._since = now
@@ -42,7 +43,8 @@ class Checkpoints(L.Callback):
             trainer.save_checkpoint(partial)
             if trainer.is_global_zero:
                 os.replace(partial, self.path)
-            if self.expired():
+            late = time.time() > self.deadline
+            if trainer.strategy.reduce_boolean_decision(late, all=False):
                 trainer.should_stop = True
 
 

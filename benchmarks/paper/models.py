@@ -85,9 +85,9 @@ def make_alpha(config: Config, detector: nn.Module, split: Split) -> tuple[Any, 
 
 def _estimated(config: Config, detector: nn.Module, split: Split) -> tuple[Any, dict[str, Any]]:
     """S-alpha from samples like those of training; for comparison also from whole images."""
-    # The same samples for all seeds, which share their factors; and about 20 of each image.
+    # The same samples for all seeds, which share their factors; and about 10 of each image.
     samples = Batches(split, dataclasses.replace(config, seed=0))
-    crops = estimate_alpha_for(detector, samples.boxes_alone(20 * len(split)))
+    crops = estimate_alpha_for(detector, samples.boxes_alone(10 * len(split)))
     whole = estimate_alpha_for(
         detector, [(split.size, torch.from_numpy(boxes)) for boxes in split.boxes]
     )

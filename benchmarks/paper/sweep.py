@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -127,17 +128,20 @@ def sweep(configs: list[Config], execution: Execution, jobs: int, deadline: floa
 
 def _start(jobs: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    threading.Thread(target=_outlive_nobody, args=(os.getppid(),), daemon=True).start()
+
+
+def _outlive_nobody(parent: int) -> None:
+    """End with the process that gives out work: any run may be killed at any moment."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _work(config: Config, execution: Execution, deadline: float) -> dict[str, Any] | None:
-    parent = os.getppid()
-
-    def expired() -> bool:
-        return time.time() > deadline or os.getppid() != parent
-
-    record = None if expired() else run(config, execution, expired)
-    if os.getppid() != parent:  # nobody is left to wait for the result, or to give more work
-        os._exit(1)
+    if time.time() > deadline:
+        return None
+    record = run(config, execution, deadline)
     torch.cuda.empty_cache()
     return record
 

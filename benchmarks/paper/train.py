@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,13 @@ from benchmarks.paper.models import make_alpha, make_detector
 from benchmarks.paper.training import Experiment
 
 
-def run(
-    config: Config, execution: Execution, expired: Callable[[], bool] = lambda: False
-) -> dict[str, Any] | None:
+def run(config: Config, execution: Execution, deadline: float = math.inf) -> dict[str, Any] | None:
     """Do what is left to do of a run.
 
     Args:
         config: what to run.
         execution: how.
-        expired: asked at each checkpoint; true interrupts the run there.
+        deadline: in `time.time()`; the run is interrupted at the first checkpoint after it.
 
     Returns:
         The run's record, or None if it was interrupted.
@@ -56,8 +54,7 @@ def run(
             return known
     _quieten()
     experiment, source = prepare(config, execution)
-    experiment, cuda = _fit(experiment, config, execution, checkpoint, key, expired)
-    finished = experiment.diverged_at is not None or experiment.trainer.global_step >= config.steps
+    finished, cuda = _fit(experiment, config, execution, checkpoint, deadline)
     if not finished:
         return None
     began = time.monotonic()
@@ -132,13 +129,13 @@ def _fit(
     config: Config,
     execution: Execution,
     checkpoint: Path,
-    key: str,
-    expired: Callable[[], bool],
-) -> tuple[Experiment, bool]:
+    deadline: float,
+) -> tuple[bool, bool]:
+    """Train until the end or the deadline; returns whether to the end, and whether on CUDA."""
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    callbacks: list[L.Callback] = [Checkpoints(checkpoint, execution.checkpoint_every, expired)]
+    callbacks: list[L.Callback] = [Checkpoints(checkpoint, execution.checkpoint_every, deadline)]
     if not execution.quiet:
-        callbacks.append(Progress(f"{key} alpha {config.alpha} seed {config.seed}"))
+        callbacks.append(Progress(f"alpha {config.alpha} seed {config.seed}"))
     trainer = L.Trainer(
         **_options(config, execution),
         callbacks=callbacks,
@@ -148,7 +145,12 @@ def _fit(
         gradient_clip_val=config.clip or None,
     )
     trainer.fit(experiment, ckpt_path=checkpoint if checkpoint.exists() else None)
-    return experiment, isinstance(trainer.accelerator, L.pytorch.accelerators.CUDAAccelerator)
+    # With several devices another process has trained: what it saved is all there is to see.
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    experiment.load_state_dict(state["state_dict"])
+    experiment.on_load_checkpoint(state)
+    finished = state["global_step"] >= config.steps or experiment.diverged_at is not None
+    return finished, isinstance(trainer.accelerator, L.pytorch.accelerators.CUDAAccelerator)
 
 
 def _options(config: Config, execution: Execution) -> dict[str, Any]:

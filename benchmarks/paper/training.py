@@ -107,7 +107,8 @@ class Experiment(L.LightningModule):
         self._losses.append(loss.detach())
         if len(self._losses) == self.every:
             # The only time that the loss is waited for.
-            self.curve.append(round(float(torch.stack(self._losses).mean()), 5))
+            mean = self.trainer.strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")
+            self.curve.append(round(float(mean), 5))
             self._losses.clear()
             if not self.curve[-1] < float("inf"):
                 self.diverged_at = step
