@@ -20,7 +20,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F  # noqa: N812
 from tqdm import tqdm
 
-from alphafpn.tiny.erasing import EraseIgnored
+from alphafpn.tiny import EraseIgnored
 from benchmarks.paper.config import Config, digest, hash_of
 
 _KEPT_SHARE = 0.49  # of a box's area; what is left of others is background

@@ -12,10 +12,14 @@ import torchvision
 from torch import nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-from alphafpn.pipeline import estimate_alpha_for
-from alphafpn.pyramid import AttentionAlpha, LearnableAlpha
-from alphafpn.surgery import fold_alpha, patch_detector
-from alphafpn.tiny.detectors import tiny_faster_rcnn, tiny_retinanet
+from alphafpn import (
+    AttentionAlpha,
+    LearnableAlpha,
+    estimate_alpha_for,
+    fold_alpha,
+    patch_detector,
+)
+from alphafpn.tiny import tiny_faster_rcnn, tiny_retinanet
 from benchmarks.paper.config import Config
 from benchmarks.paper.data import Batches, Split
 

@@ -19,10 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alphafpn.anchors import AnchorLayout
-from alphafpn.estimate import AlphaEstimate
-from alphafpn.statistics import estimate_alpha
-from alphafpn.tiny.tiling import cut_dataset
+from alphafpn import AlphaEstimate, AnchorLayout, estimate_alpha
+from alphafpn.tiny import cut_dataset
 
 STRIDES = (4, 8, 16, 32, 64)
 RETINANET = {

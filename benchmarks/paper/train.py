@@ -24,8 +24,8 @@ import lightning as L  # noqa: N812
 import torch
 import torchvision
 
-from alphafpn.surgery import patch_detector
-from alphafpn.tiny.scale_match import MonotoneScaleMatch, ScaleMatch, box_sizes
+from alphafpn import patch_detector
+from alphafpn.tiny import MonotoneScaleMatch, ScaleMatch, box_sizes
 from benchmarks.paper import results
 from benchmarks.paper.callbacks import Checkpoints, Progress
 from benchmarks.paper.config import Config, Execution, add_options, check, from_options

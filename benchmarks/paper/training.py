@@ -11,9 +11,8 @@ import lightning as L  # noqa: N812
 import torch
 from torch import Tensor, nn
 
-from alphafpn.pyramid import alpha_parameters
-from alphafpn.tiny.evaluation import evaluate_tiny
-from alphafpn.tiny.tiling import cut_dataset, merge_detections
+from alphafpn import alpha_parameters
+from alphafpn.tiny import cut_dataset, evaluate_tiny, merge_detections
 from benchmarks.paper.config import Config
 from benchmarks.paper.data import Batches, Split
 

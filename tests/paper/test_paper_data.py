@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from alphafpn.tiny.scale_match import ScaleMatch
+from alphafpn.tiny import ScaleMatch
 from benchmarks.paper.config import Config
 from benchmarks.paper.data import Batches, Split
 

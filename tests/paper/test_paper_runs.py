@@ -11,11 +11,10 @@ import torch
 
 pytest.importorskip("lightning")
 
-from conftest import options, start
-
 from benchmarks.paper import results, sweep
 from benchmarks.paper.config import Config, Execution, add_options, from_options
 from benchmarks.paper.train import prepare, run
+from tests.paper.runs import options, start
 
 OUTCOME = ("key", "config", "alpha", "s_alpha", "figures", "loss", "diverged_at", "counts")
 
