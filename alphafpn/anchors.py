@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.fcos import FCOS
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 
 from alphafpn.matching import Cell, GridLevel
 
 Size = tuple[int, int]
+
+# Cell anchors that are looked for in plain tensors.
+MAX_CELLS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +36,7 @@ class AnchorLayout:
         names: of the feature maps, where they have any.
 
     Raises:
+        TypeError: if a part has the wrong type.
         ValueError: if the parts do not fit together; the message names the level.
 
     Example:
@@ -55,21 +61,17 @@ class AnchorLayout:
         if len(set(lengths.values())) != 1:
             raise ValueError(f"one entry per level expected in each part, found {lengths}")
         check_num_fused_levels(self.num_fused_levels, len(self.cell_anchors))
-        levels = []
+        all_cells, levels = [], []
         for i, (cells, stride, size) in enumerate(
             zip(self.cell_anchors, self.strides, self.grid_sizes, strict=True)
         ):
             cells = check_boxes(cells, f"cell_anchors[{i}]")
             if len(cells) == 0:
                 raise ValueError(f"cell_anchors[{i}]: at least one anchor expected, found none")
-            pair = (stride, stride) if isinstance(stride, int | float) else tuple(stride)
-            pair = tuple(float(s) for s in pair)
-            if len(pair) != 2 or not all(s > 0 and math.isfinite(s) for s in pair):
-                raise ValueError(f"strides[{i}]: positive pixels expected, found {stride}")
-            rows, columns = (int(n) for n in size)
-            if min(rows, columns) < 1:
-                raise ValueError(f"grid_sizes[{i}]: (rows, columns) >= 1 expected, found {size}")
-            levels.append(GridLevel(_as_tuples(cells), pair, (rows, columns)))
+            all_cells.append(cells)
+            pair, grid = _stride(stride, i), _whole_pair(size, f"grid_sizes[{i}]: (rows, columns)")
+            levels.append(GridLevel(_as_tuples(cells), pair, grid, cells.dtype))
+        object.__setattr__(self, "cell_anchors", tuple(all_cells))
         object.__setattr__(self, "_levels", tuple(levels))
 
     @classmethod
@@ -85,9 +87,11 @@ class AnchorLayout:
 
         Raises:
             TypeError: if `model` has no feature pyramid with anchors on it.
+            ValueError: if the resized image would have no pixels.
         """
+        size = _whole_pair(image_size, "image_size: (height, width)")
         view = DetectorView(model)
-        return view.layout(view.padded_size(image_size, view.resized_size(image_size)))
+        return view.layout(view.frame(size)[1])
 
     @classmethod
     def from_tensors(
@@ -175,7 +179,7 @@ class DetectorView:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        model = getattr(model, "_orig_mod", getattr(model, "module", model))
+        model = _unwrapped(model)
         name = type(model).__name__
         generator = getattr(getattr(model, "rpn", model), "anchor_generator", None)
         transform = getattr(model, "transform", None)
@@ -189,57 +193,85 @@ class DetectorView:
                 f"a detector with an AnchorGenerator expected, found {name} with "
                 f"{type(generator).__name__}"
             )
-        for method in ("forward", "grid_anchors"):
-            if getattr(type(generator), method) is not getattr(AnchorGenerator, method):
-                raise TypeError(
-                    f"{type(generator).__name__} overrides AnchorGenerator.{method}: pass its "
-                    "anchors, split by level, to estimate_alpha"
-                )
+        if not _is_stock(generator, AnchorGenerator, "forward", "grid_anchors"):
+            raise TypeError(
+                f"{type(generator).__name__} places anchors in its own way: pass them, split by "
+                "level, to estimate_alpha"
+            )
         pyramids = [m for m in backbone.modules() if isinstance(m, FeaturePyramidNetwork)]
         if not pyramids:
             raise TypeError(f"no FeaturePyramidNetwork in the backbone of {name}")
-        self.transform: Any = transform
+        self.transform: Any = copy.copy(transform)
         self.generator = generator
         self.num_fused_levels = len(pyramids[0].inner_blocks)
-        self.is_fcos = name == "FCOS" or any(c.__name__ == "FCOS" for c in type(model).__mro__)
+        self.is_fcos = isinstance(model, FCOS)
         heads = getattr(model, "roi_heads", model)
         self.detections_per_image: int | None = getattr(heads, "detections_per_img", None)
-        self._backbone = _meta_copy(backbone)
+        self._backbone: nn.Module = backbone._modules.get("_orig_mod") or backbone
+        self._clone: nn.Module = _copy(self._backbone, on_meta=True)
+        self._needs_data = False
         self._sizes: dict[int, list[tuple[str, int]]] = {}
         self._separable: bool | None = None
 
     @property
     def min_sizes(self) -> tuple[int | None, ...]:
         """The sizes that training chooses from; ``(None,)`` where there is no such choice."""
-        if not self._stock("resize") or self.transform.fixed_size is not None:
+        if (
+            not _is_stock(self.transform, GeneralizedRCNNTransform, "forward", "resize")
+            or self.transform.fixed_size is not None
+            or self._skips_resize
+        ):
             return (None,)
         return tuple(self.transform.min_size)
 
-    def resized_size(self, size: Size, min_size: int | None = None) -> Size:
-        """(height, width) after the detector's resize of an image of (height, width)."""
-        transform = self.transform
-        if not self._stock("resize"):
-            image = torch.empty(self.num_channels, *size, device="meta")
-            height, width = transform.resize(image, None)[0].shape[-2:]
-            return int(height), int(width)
-        if transform.fixed_size is not None:
-            return int(transform.fixed_size[1]), int(transform.fixed_size[0])
-        if min_size is None:
-            min_size = transform.min_size[-1]
-        # `_resize_image_and_masks` and `interpolate(recompute_scale_factor=True)`.
-        scale = min(min_size / min(size), transform.max_size / max(size))
-        return math.floor(size[0] * scale), math.floor(size[1] * scale)
+    def frame(self, size: Size, min_size: int | None = None) -> tuple[Size, Size]:
+        """Of an image of (height, width) after the resize, and of the batch that holds it alone.
 
-    def padded_size(self, size: Size, resized: Size) -> Size:
-        """(height, width) of the batch that holds the resized image alone."""
+        Args:
+            size: (height, width) of the original image.
+            min_size: one of `min_sizes`; by default the last, as in evaluation.
+
+        Raises:
+            ValueError: if nothing is left of the resized image.
+        """
+        transform = self.transform
+        if not _is_stock(
+            transform, GeneralizedRCNNTransform, "forward", "normalize", "resize", "batch_images"
+        ):
+            return self._run_transform(size, min_size)
+        if self._skips_resize:
+            resized = size
+        elif transform.fixed_size is not None:
+            resized = int(transform.fixed_size[1]), int(transform.fixed_size[0])
+        else:
+            if min_size is None:
+                min_size = transform.min_size[-1]
+            # `_resize_image_and_masks` and `interpolate(recompute_scale_factor=True)`.
+            scale = min(min_size / min(size), transform.max_size / max(size))
+            resized = math.floor(size[0] * scale), math.floor(size[1] * scale)
         if min(resized) < 1:
             raise ValueError(f"an image of (height, width) {size} is resized to {resized}")
-        if not self._stock("batch_images"):
-            image = torch.empty(self.num_channels, *resized, device="meta")
-            height, width = self.transform.batch_images([image]).shape[-2:]
-            return int(height), int(width)
-        unit = self.transform.size_divisible
-        return math.ceil(resized[0] / unit) * unit, math.ceil(resized[1] / unit) * unit
+        unit = transform.size_divisible
+        return resized, (
+            math.ceil(resized[0] / unit) * unit,
+            math.ceil(resized[1] / unit) * unit,
+        )
+
+    def _run_transform(self, size: Size, min_size: int | None) -> tuple[Size, Size]:
+        """`frame` of a transform that is not torchvision's own, in the mode that it is in."""
+        transform = copy.copy(self.transform)
+        if min_size is not None:
+            transform.min_size = (min_size,)
+        image = torch.empty(self.num_channels, *size, device="meta")
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            batch, _ = transform.forward([image], None)
+        (height, width), padded = batch.image_sizes[0], batch.tensors.shape[-2:]
+        return (int(height), int(width)), (int(padded[0]), int(padded[1]))
+
+    @property
+    def _skips_resize(self) -> bool:
+        """Whether images come resized, as they may for torchvision's transform in training."""
+        return self.transform.training and getattr(self.transform, "_skip_resize", False)
 
     def layout(self, padded: Size) -> AnchorLayout:
         """The layout on a batch of (height, width)."""
@@ -268,7 +300,7 @@ class DetectorView:
     @property
     def num_channels(self) -> int:
         """Of the images."""
-        return len(self.transform.image_mean)
+        return len(getattr(self.transform, "image_mean", (0, 0, 0)))
 
     def _combine(self, padded: Size) -> list[tuple[str, Size]]:
         for length in padded:
@@ -279,10 +311,15 @@ class DetectorView:
         return [(name, (h, w)) for (name, h), (_, w) in zip(rows, columns, strict=True)]
 
     def _probe(self, padded: Size) -> list[tuple[str, Size]]:
-        parameter = next(self._backbone.parameters(), torch.empty(0))
-        image = torch.empty(1, self.num_channels, *padded, device="meta", dtype=parameter.dtype)
-        with torch.no_grad():
-            maps = self._backbone(image)
+        try:
+            maps = self._run_backbone(padded)
+        except Exception:
+            if self._needs_data:
+                raise
+            # Some code looks at values, which meta tensors lack.
+            self._needs_data = True
+            self._clone = _copy(self._backbone, on_meta=False)
+            maps = self._run_backbone(padded)
         if isinstance(maps, Tensor):
             maps = {"0": maps}
         return [
@@ -290,24 +327,49 @@ class DetectorView:
             for name, feature in maps.items()
         ]
 
-    def _stock(self, method: str) -> bool:
-        """Whether `method` of the transform is torchvision's own."""
-        own = getattr(type(self.transform), method, None)
-        return own is getattr(GeneralizedRCNNTransform, method)
+    def _run_backbone(self, padded: Size) -> Any:
+        like = next(self._clone.parameters())
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return self._clone(like.new_zeros(1, self.num_channels, *padded))
 
 
-def _meta_copy(module: nn.Module) -> nn.Module:
-    """A copy in eval mode whose tensors have shapes but no data; `module` stays as it is."""
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside `torch.compile` and (Distributed)DataParallel."""
+    while isinstance(module, nn.Module):
+        inside = module._modules.get("_orig_mod")
+        if inside is None and "transform" not in module._modules:
+            inside = module._modules.get("module")
+        if inside is None:
+            break
+        module = inside
+    return module
+
+
+def _is_stock(module: nn.Module, stock: type[nn.Module], *methods: str) -> bool:
+    """Whether `methods` of `module` are those of `stock`, on its class and on itself."""
+    return isinstance(module, stock) and all(
+        getattr(type(module), method) is getattr(stock, method) and method not in vars(module)
+        for method in methods
+    )
+
+
+def _copy(module: nn.Module, *, on_meta: bool) -> nn.Module:
+    """A copy in eval mode, on meta without data or with it; `module` stays as it is."""
     memo: dict[int, Any] = {}
+    for part in module.modules():
+        for name, value in vars(part).items():
+            # Hooks are the user's code, made for the real module.
+            if name.endswith("_hooks") and isinstance(value, dict):
+                memo[id(value)] = type(value)()
+    if not on_meta:
+        return copy.deepcopy(module, memo).eval()
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-    for buffer in module.buffers():
-        memo[id(buffer)] = buffer.detach().to("meta")
+    others = [v for part in module.modules() for v in vars(part).values() if isinstance(v, Tensor)]
+    for tensor in [*module.buffers(), *others]:
+        memo.setdefault(id(tensor), tensor.detach().to("meta"))
     clone = copy.deepcopy(module, memo)
     for part in clone.modules():
-        # Hooks are the user's code, made for real tensors.
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
         for name, child in part.named_children():
             # No shape depends on it, and batch_norm on meta tensors loads the compiler: seconds.
             if isinstance(child, nn.modules.batchnorm._BatchNorm):
@@ -316,7 +378,9 @@ def _meta_copy(module: nn.Module) -> nn.Module:
 
 
 def check_num_fused_levels(num_fused_levels: int, num_levels: int) -> None:
-    """Raises ValueError unless 2 <= num_fused_levels <= num_levels."""
+    """Raises TypeError or ValueError unless 2 <= num_fused_levels <= num_levels."""
+    if not isinstance(num_fused_levels, int):
+        raise TypeError(f"num_fused_levels: an int expected, found {num_fused_levels!r}")
     if not 2 <= num_fused_levels <= num_levels:
         raise ValueError(
             f"num_fused_levels: from 2 to the number of levels ({num_levels}) expected, found "
@@ -329,8 +393,9 @@ def check_boxes(boxes: object, where: str) -> Tensor:
     """`boxes` as a floating tensor [N, 4] of finite xyxy boxes.
 
     Raises:
-        TypeError: if it is no numeric tensor.
-        ValueError: if it has another shape, or a box is not finite or inverted.
+        TypeError: if it is no tensor of real numbers.
+        ValueError: if it has another shape, or a box is not finite or inverted, or so large that
+            its area is not finite.
     """
     if not isinstance(boxes, Tensor):
         raise TypeError(f"{where}: a tensor [N, 4] expected, found {type(boxes).__name__}")
@@ -338,7 +403,7 @@ def check_boxes(boxes: object, where: str) -> Tensor:
         raise TypeError(f"{where}: real numbers expected, found {boxes.dtype}")
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         # An image without boxes is often written `torch.tensor([])`.
-        if boxes.numel() == 0 and boxes.dim() <= 2:
+        if boxes.shape in ((0,), (0, 0), (1, 0)):
             return boxes.new_zeros((0, 4), dtype=torch.float32)
         raise ValueError(f"{where}: shape [N, 4] expected, found {list(boxes.shape)}")
     boxes = boxes.detach()
@@ -348,17 +413,40 @@ def check_boxes(boxes: object, where: str) -> Tensor:
         sides = boxes[:, 2:] - boxes[:, :2]
         # NaN and inf - inf fail the first comparison, a single inf the second.
         low, high = torch.stack(sides.aminmax()).tolist()
-        if not (low >= 0 and high < math.inf):
-            raise ValueError(where + bad_box(boxes))
+        if not (low >= 0 and high <= math.sqrt(torch.finfo(boxes.dtype).max)):
+            ok = boxes.isfinite().all(1) & (sides >= 0).all(1) & sides.prod(1).isfinite()
+            if not ok.all():
+                index = int(ok.int().argmin())
+                raise ValueError(
+                    f"{where}[{index}]: finite x1 <= x2 and y1 <= y2, with a finite area, expected,"
+                    f" found {boxes[index].tolist()}"
+                )
     return boxes
 
 
-def bad_box(boxes: Tensor) -> str:
-    """Index and value of the first box that is not finite or inverted, for an error message."""
-    ok = boxes.isfinite().all(1) & (boxes[:, 2:] >= boxes[:, :2]).all(1)
-    index = int((~ok).nonzero()[0])
-    found = boxes[index].tolist()
-    return f"[{index}]: finite x1 <= x2 and y1 <= y2 expected, found {found}"
+def _stride(stride: Any, level: int) -> tuple[float, float]:
+    """`stride` as positive (y, x)."""
+    try:
+        y, x = stride if isinstance(stride, Sequence) else (stride, stride)
+        pair = float(y), float(x)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"strides[{level}]: a number or (y, x) expected, found {stride!r}"
+        ) from None
+    if not all(0 < s < math.inf for s in pair):
+        raise ValueError(f"strides[{level}]: positive pixels expected, found {stride}")
+    return pair
+
+
+def _whole_pair(values: Any, what: str) -> tuple[int, int]:
+    """`values` as two ints from 1; `what` begins the error message."""
+    try:
+        first, second = (operator.index(n) for n in values)
+    except (TypeError, ValueError):
+        raise TypeError(f"{what} in whole numbers expected, found {values!r}") from None
+    if min(first, second) < 1:
+        raise ValueError(f"{what} of at least 1 expected, found {values}")
+    return first, second
 
 
 def recognise_grid(anchors: Tensor) -> GridLevel | None:
@@ -368,45 +456,57 @@ def recognise_grid(anchors: Tensor) -> GridLevel | None:
     """
     if len(anchors) == 0:
         return None
-    moved = anchors - anchors[0]
-    scale = max(float(anchors.abs().max()), 1.0)
-    slack = 4 * torch.finfo(anchors.dtype).eps * scale
-    # Copies of the first anchor: translated by the same step at both corners.
-    copies = ((moved[:, :2] - moved[:, 2:]).abs() <= slack).all(1) & (moved[:, :2] >= -slack).all(1)
-    same_row = (copies & (moved[:, 1].abs() <= slack)).nonzero().squeeze(1)
-    same_column = (copies & (moved[:, 0].abs() <= slack)).nonzero().squeeze(1)
-    if len(same_row) > 1:
-        num_cells = int(same_row[1])
-    elif len(same_column) > 1:
-        num_cells = int(same_column[1])
-    else:
-        num_cells = len(anchors)
-    columns = len(same_row)
-    rows, rest = divmod(len(anchors), num_cells * columns)
-    if rest or len(same_column) != rows:
+    low, high = torch.stack(anchors.aminmax()).tolist()
+    slack = 4 * torch.finfo(anchors.dtype).eps * max(-low, high, 1.0)
+    # The next position starts with a copy of the first anchor, to the right of it or below.
+    moved = anchors[1 : MAX_CELLS + 1] - anchors[0]
+    copies = ((moved[:, :2] - moved[:, 2:]).abs() <= slack).all(1)
+    copies &= ((moved > slack) | (moved.abs() <= slack)).all(1) & (moved.abs() <= slack).any(1)
+    candidates = [int(i) + 1 for i in copies.nonzero()]
+    if len(anchors) <= MAX_CELLS:
+        candidates.append(len(anchors))
+    grids = (_grid_of(anchors, num_cells, slack) for num_cells in candidates)
+    return next((grid for grid in grids if grid is not None), None)
+
+
+def _grid_of(anchors: Tensor, num_cells: int, slack: float) -> GridLevel | None:
+    """The grid with `num_cells` anchors at each position, if it is one within `slack` pixels."""
+    if len(anchors) % num_cells:
         return None
-    grid = anchors.view(rows, columns, num_cells, 4)
-    steps_x = float(grid[0, -1, 0, 0] - grid[0, 0, 0, 0]) / max(1, columns - 1)
-    steps_y = float(grid[-1, 0, 0, 1] - grid[0, 0, 0, 1]) / max(1, rows - 1)
+    tops = anchors[::num_cells, 1]
+    below = ((tops - tops[0]).abs() > slack).nonzero()
+    columns = int(below[0]) if len(below) else len(tops)
+    if len(tops) % columns:
+        return None
+    grid = anchors.view(-1, columns, num_cells, 4)
+    size = len(grid), columns
     cells = grid[0, 0]
-    # Anchors are often sums of whole strides, so a step that is nearly one is one.
-    stride_y, stride_x = (_round_step(step) if step else 1.0 for step in (steps_y, steps_x))
-    shift_x = torch.arange(columns, device=anchors.device, dtype=anchors.dtype) * stride_x
-    shift_y = torch.arange(rows, device=anchors.device, dtype=anchors.dtype) * stride_y
-    error = torch.zeros((), device=anchors.device, dtype=anchors.dtype)
-    for d, shift in ((0, shift_x[:, None]), (1, shift_y[:, None, None])):
-        for k in (d, d + 2):
-            error = torch.maximum(error, (cells[:, k] + shift - grid[..., k]).abs().max())
-    worst = float(error)
+    strides, shifts = [], []
+    for d, last in enumerate((grid[-1, 0, 0, 1], grid[0, -1, 0, 0])):
+        steps = size[d] - 1
+        step = float(last - cells[0, 1 - d]) / steps if steps else 1.0
+        # Anchors are often sums of whole strides, so a step that may be whole is.
+        if round(step) and abs(step - round(step)) * steps <= slack:
+            step = float(round(step))
+        if step <= 0:
+            return None
+        strides.append(step)
+        shifts.append(torch.arange(size[d], device=anchors.device, dtype=anchors.dtype) * step)
+    shift_y, shift_x = shifts[0][:, None, None], shifts[1][:, None]
+    error = torch.stack(
+        [
+            (cells[:, k] + shift - grid[..., k]).abs().max()
+            for k, shift in enumerate((shift_x, shift_y) * 2)
+        ]
+    )
+    worst = float(error.max())
     if worst > slack:
-        return None
-    sides = (cells[:, 2:] - cells[:, :2]).min()
-    if not float(sides) > 0:
         return None
     return GridLevel(
         _as_tuples(cells),
-        (stride_y, stride_x),
-        (rows, columns),
+        (strides[0], strides[1]),
+        size,
+        anchors.dtype,
         anchors if worst > 0 else None,
     )
 
@@ -415,19 +515,43 @@ def _as_tuples(cells: Tensor) -> tuple[Cell, ...]:
     return tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in cells.tolist())
 
 
-def _round_step(step: float) -> float:
-    whole = round(step)
-    return float(whole) if whole and abs(step - whole) < 1e-3 else step
+def largest(layouts: Sequence[AnchorLayout]) -> AnchorLayout:
+    """The layout of the largest image. Small ones may have levels of a single position."""
+    return max(layouts, key=lambda layout: math.prod(layout._levels[0].size))
 
 
-def indistinguishable_levels(layout: AnchorLayout) -> tuple[int, int] | None:
-    """The first (finer, coarser) pair of levels where all coarser anchors lie on the finer one."""
+def describe(layouts: Sequence[AnchorLayout], num_levels: int) -> dict[str, Any]:
+    """What an estimate says of its anchors; without `layouts` they are irregular."""
+    if not layouts:
+        return {"level_names": tuple(f"level {i}" for i in range(num_levels))}
+    strides = [[max(level.stride) for level in layout._levels] for layout in layouts]
+    cells = {tuple(len(level.cells) for level in layout._levels) for layout in layouts}
+    return {
+        "level_names": largest(layouts).level_names,
+        "strides": tuple(map(max, zip(*strides, strict=True))),
+        "anchors_per_cell": cells.pop() if len(cells) == 1 else (),
+    }
+
+
+def check_distinct(layout: AnchorLayout, where: str) -> None:
+    """Raises ValueError if all anchors of a level also lie on a finer one."""
     levels = layout._levels
     for coarse in range(1, len(levels)):
         for fine in range(coarse):
             if all(_lies_on(cell, levels[coarse], levels[fine]) for cell in levels[coarse].cells):
-                return fine, coarse
-    return None
+                names = layout.level_names
+                raise ValueError(same_levels_message(where, names[fine], names[coarse]))
+
+
+def same_levels_message(where: str, fine: str, coarse: str) -> str:
+    """Why such levels are refused, for an error message."""
+    fine, coarse = fine.removeprefix("level "), coarse.removeprefix("level ")
+    return (
+        f"{where}: all anchors of level {coarse} also lie on level {fine}, so no box can be given "
+        "to one of them by its best IoU. (torchvision's AnchorGenerator returns one tensor per "
+        "image, not per level: see AnchorLayout.from_detector. Its MobileNet detectors have such "
+        "levels by design; patch them with factors of your choice.)"
+    )
 
 
 def _lies_on(cell: Cell, coarse: GridLevel, fine: GridLevel) -> bool:

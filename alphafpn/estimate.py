@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, overload
 
+import msgspec
 import torch
 
 from alphafpn.anchors import check_num_fused_levels
@@ -43,8 +44,8 @@ class AlphaEstimate(Sequence[float]):
         iou_histogram: boxes by best IoU in hundredths; None where levels do not follow IoU.
         iou_sums: per level, sum of best IoUs, in units of 2**-20.
         size_sum: sum of sqrt(width * height) in pixels, in units of 2**-10.
-        strides: per level, in pixels, on the first image; empty for irregular anchors.
-        anchors_per_cell: per level; empty for irregular anchors.
+        strides: per level, in pixels, the largest over images; empty for irregular anchors.
+        anchors_per_cell: per level; empty for irregular anchors, or where images differ.
         left_out: boxes of the data set that were not counted, by reason.
         detections_per_image: the detector's cap, where known.
         num_crowded: images with more boxes than that cap.
@@ -172,8 +173,7 @@ class AlphaEstimate(Sequence[float]):
         if not isinstance(other, AlphaEstimate):
             raise TypeError(f"an AlphaEstimate expected, found {type(other).__name__}")
         for name in (
-            "level_names", "num_fused_levels", "num_sizes", "clamp", "anchors_per_cell",
-            "detections_per_image",
+            "level_names", "num_fused_levels", "num_sizes", "clamp", "detections_per_image",
         ):  # fmt: skip
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
@@ -181,8 +181,12 @@ class AlphaEstimate(Sequence[float]):
         if (self.iou_histogram is None) != (other.iou_histogram is None):
             raise ValueError("cannot merge: levels follow IoU in one shard and not in the other")
         reasons = sorted({*self.left_out, *other.left_out})
+        same_cells = self.anchors_per_cell == other.anchors_per_cell
         merged: dict[str, Any] = {
-            "left_out": {r: self.left_out.get(r, 0) + other.left_out.get(r, 0) for r in reasons}
+            "left_out": {r: self.left_out.get(r, 0) + other.left_out.get(r, 0) for r in reasons},
+            # Empty where either is.
+            "strides": tuple(max(pair) for pair in zip(self.strides, other.strides, strict=False)),
+            "anchors_per_cell": self.anchors_per_cell if same_cells else (),
         }
         for name in (
             "counts", "moments", "iou_histogram", "iou_sums", "num_images", "num_boxes",
@@ -232,10 +236,9 @@ class AlphaEstimate(Sequence[float]):
         if not isinstance(data, dict):
             raise TypeError(f"a dict expected, found {type(data).__name__}")
         try:
-            values = {f.name: _frozen(data[f.name]) for f in fields(cls)}
-        except KeyError as error:
-            raise ValueError(f"no entry {error} in the dict of an AlphaEstimate") from None
-        estimate = cls(**values)
+            estimate = msgspec.convert(data, type=cls)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"the dict of an AlphaEstimate: {error}") from None
         num_levels = len(estimate.counts)
         sizes = {
             "level_names": (len(estimate.level_names), num_levels),
@@ -247,6 +250,7 @@ class AlphaEstimate(Sequence[float]):
             if found != expected:
                 raise ValueError(f"{name}: {expected} entries expected, found {found}")
         check_num_fused_levels(estimate.num_fused_levels, num_levels)
+        check_clamp(estimate.clamp)
         return estimate
 
     def summary(self) -> str:
@@ -298,5 +302,19 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(v) for v in value) if isinstance(value, list | tuple) else value
+def check_clamp(clamp: Any) -> tuple[float, float] | None:
+    """`clamp` as two floats.
+
+    Raises:
+        TypeError: if it is not None or a pair of numbers.
+        ValueError: unless 0 <= lower <= upper < inf.
+    """
+    if clamp is None:
+        return None
+    try:
+        low, high = (float(bound) for bound in clamp)
+    except (TypeError, ValueError):
+        raise TypeError(f"clamp: None or (lower, upper) expected, found {clamp!r}") from None
+    if not 0 <= low <= high < math.inf:
+        raise ValueError(f"clamp: 0 <= lower <= upper < inf expected, found {clamp!r}")
+    return low, high

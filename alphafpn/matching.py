@@ -30,6 +30,8 @@ CPU_BLOCK = 1 << 16
 # Box-anchor pairs evaluated at once where pairs are evaluated, and boxes among them.
 PAIRS = 1 << 18
 SEARCH_ROWS = 64
+# Centres of one cell that agree to this many decimals are taken for one.
+CENTRE_DECIMALS = 4
 
 Cell = tuple[float, float, float, float]
 
@@ -38,17 +40,20 @@ class GridLevel(NamedTuple):
     """Anchors of one level: `cells` repeated at `stride` over `size` positions; (y, x) order.
 
     `anchors` are the anchors themselves, [size[0] * size[1] * len(cells), 4] in (row, column, cell)
-    order, where they are not exactly ``cell + index * stride``.
+    order, where they are not exactly ``cell + index * stride`` in arithmetic of `dtype`.
     """
 
     cells: tuple[Cell, ...]
     stride: tuple[float, float]
     size: tuple[int, int]
+    dtype: torch.dtype = torch.float32
     anchors: Tensor | None = None
 
 
 class Matcher(Protocol):
     """Gives each box the level of its best-IoU anchor."""
+
+    device: torch.device
 
     def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Level (int64 [B]) and IoU [B] of the best anchor of each box [B, 4] (xyxy).
@@ -59,25 +64,17 @@ class Matcher(Protocol):
         ...
 
 
-def _is_exact(value: float, dtype: torch.dtype) -> bool:
-    """Whether sums of `value` and any pixel position stay exact in `dtype`."""
-    return value == round(value * 8) / 8 and abs(value) < 2 ** (
-        14 if dtype == torch.float32 else 40
-    )
-
-
 class _Axis:
     """Stride and last index of one level along one axis: a number, or one per layout."""
 
     def __init__(self, strides: list[float], sizes: list[int], like: Tensor) -> None:
-        self.stride = strides[0]
-        self.last = sizes[0] - 1
-        self.strides = None if len(set(strides)) == 1 else like.new_tensor(strides)
-        self.lasts = None if len(set(sizes)) == 1 else like.new_tensor(sizes) - 1
+        self.strides, self.lasts = like.new_tensor(strides), like.new_tensor(sizes) - 1
+        self.stride = strides[0] if len(set(strides)) == 1 else None
+        self.last = sizes[0] - 1 if len(set(sizes)) == 1 else None
 
-    def nearest(self, total: Tensor, centre: float, layout: Tensor | None, out: Tensor) -> Tensor:
+    def nearest(self, total: Tensor, centre: float, layout: Tensor, out: Tensor) -> Tensor:
         """Index of the grid position nearest to boxes whose corners sum to `total`."""
-        if self.strides is None or layout is None:
+        if self.stride is not None:
             torch.mul(total, 0.5 / self.stride, out=out)
             if centre:
                 out.sub_(centre / self.stride)
@@ -85,39 +82,39 @@ class _Axis:
             torch.mul(total, 0.5, out=out)
             out.sub_(centre).div_(self.strides.index_select(0, layout))
         out.round_()
-        if self.lasts is None or layout is None:
+        if self.last is not None:
             return out.clamp_(0, self.last)
         return torch.minimum(out.clamp_(min=0), self.lasts.index_select(0, layout), out=out)
 
-    def relative(
-        self, corners: Tensor, index: Tensor, layout: Tensor | None, out: Tensor
-    ) -> Tensor:
-        """Corners [2, B] relative to the grid position `index` [B]."""
-        if self.strides is None or layout is None:
+    def relative(self, corners: Tensor, index: Tensor, layout: Tensor, out: Tensor) -> Tensor:
+        """Corners [2, B] relative to the grid position `index` [B], which is overwritten."""
+        if self.stride is not None and self.stride.is_integer():
             return torch.add(corners, index, alpha=-self.stride, out=out)
-        stride = self.strides.index_select(0, layout)
-        return torch.addcmul(corners, index, stride, value=-1, out=out)
+        # The product is rounded, so keep it out of fused operations: a box's result must not
+        # depend on its place in the block.
+        index.mul_(self.strides.index_select(0, layout) if self.stride is None else self.stride)
+        return torch.sub(corners, index, out=out)
 
 
 class GridMatcher:
     """Exact best level for anchors on regular grids, at a cost per shape instead of per anchor.
 
+    Each box's result depends on this box alone, so sums of shards equal those of the whole.
+
     Args:
         layouts: what images look like, each a list of levels, finest first. All have the same cell
-            anchors; strides and sizes may differ.
-        dtype: of the computation, float32 or float64; `device` likewise.
+            anchors; strides and sizes may differ. Only a single one may hold stored anchors.
+        dtype: of the computation: float32 or float64, at least as wide as boxes and anchors.
         device: where the boxes are.
     """
 
     def __init__(
         self, layouts: Sequence[Sequence[GridLevel]], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.layouts = layouts
-        self.num_levels = len(layouts[0])
+        self.levels = layouts[0]
+        self.num_levels = len(self.levels)
         self.dtype, self.device = dtype, device
         like = torch.empty(0, dtype=dtype, device=device)
-        self.cells = [level.cells for level in layouts[0]]
-        self.groups = [_by_centre(cells) for cells in self.cells]
         self.axes = [
             [
                 _Axis(
@@ -127,61 +124,56 @@ class GridMatcher:
             ]
             for i in range(self.num_levels)
         ]
+        self.groups = [_by_centre(level.cells) for level in self.levels]
+        self.cells = [like.new_tensor(level.cells) for level in self.levels]
+        self.stored = [
+            None if level.anchors is None else level.anchors.to(device) for level in self.levels
+        ]
         # The level's code takes the lowest mantissa bits: the finest level has the largest code,
         # so a maximum over levels prefers it among equals.
         self.code_bits = max(1, (self.num_levels - 1).bit_length())
-        self.extent = max(
-            level.size[d] * level.stride[d] for lay in layouts for level in lay for d in (0, 1)
-        )
-        self.shortest = min(
-            (min(c[2] - c[0], c[3] - c[1]) for cells in self.cells for c in cells), default=1.0
-        )
-        self.exact = all(
-            level.anchors is None
-            and all(_is_exact(v, dtype) for cell in level.cells for v in cell)
-            and all(s == round(s) for s in level.stride)
-            for lay in layouts
-            for level in lay
-        )
+        self._bound_errors([level for layout in layouts for level in layout])
 
     def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Matcher.match`."""
-        size = min(CPU_BLOCK, len(boxes)) if self.device.type == "cpu" else len(boxes)
-        space = _Workspace(size, self.dtype, self.device)
+        if layout is None:
+            layout = torch.zeros((), dtype=torch.int64, device=self.device).expand(len(boxes))
+        size = CPU_BLOCK if self.device.type == "cpu" else len(boxes)
+        space = _Workspace(min(size, len(boxes)), self.dtype, self.device)
         level = torch.empty(len(boxes), dtype=torch.int64, device=self.device)
         value = torch.empty(len(boxes), dtype=self.dtype, device=self.device)
-        lead = torch.empty_like(value)
-        reach = []
-        for start in range(0, len(boxes), size):
+        margin = torch.empty_like(value)
+        for start in range(0, len(boxes), max(1, size)):
             part = slice(start, start + size)
-            reach.append(
-                self._match_fast(
-                    boxes[part],
-                    None if layout is None else layout[part],
-                    space.first(len(boxes[part])),
-                    level[part],
-                    value[part],
-                    lead[part],
-                )
+            self._match_fast(
+                boxes[part],
+                layout[part],
+                space.first(len(boxes[part])),
+                level[part],
+                value[part],
+                margin[part],
             )
-        iou = value.div_(1 - value)  # value is I / (A + a), and IoU = I / (A + a - I)
-        doubtful = lead.le(self._tolerance(torch.stack(reach).amax())).nonzero().squeeze(1)
+        # From I / (A + a) to IoU, which is I / (A + a - I).
+        iou = value.div_(1 - value).clamp_(max=1)
+        doubtful = margin.le(self.tolerance).nonzero().squeeze(1)
         if len(doubtful):
-            again = boxes.index_select(0, doubtful)
-            where = None if layout is None else layout.index_select(0, doubtful)
-            level[doubtful], iou[doubtful] = self._match_again(again, where)
+            level[doubtful], iou[doubtful] = self._match_again(boxes[doubtful], layout[doubtful])
         return level, iou
 
     def _match_fast(
         self,
         boxes: Tensor,
-        layout: Tensor | None,
+        layout: Tensor,
         s: _Workspace,
         level: Tensor,
         value: Tensor,
-        lead: Tensor,
-    ) -> Tensor:
-        """Writes each box's level, I / (A + a) and its lead; returns the largest coordinate."""
+        margin: Tensor,
+    ) -> None:
+        """Writes level, I / (A + a) and its margin.
+
+        The margin is the lead over the second-best level, less what `tolerance` lacks of the bound
+        on the error of this box.
+        """
         for d in range(2):
             s.x[d].copy_(boxes[:, 2 * d])
             s.y[d].copy_(boxes[:, 2 * d + 1])
@@ -201,12 +193,13 @@ class GridMatcher:
                 bits.bitwise_xor_(i)
             torch.maximum(second, torch.minimum(best, s.value, out=s.overlap), out=second)
             torch.maximum(best, s.value, out=best)
-        torch.sub(best, second, out=lead)
+        torch.sub(best, second, out=margin)
+        torch.maximum(s.total_x.abs_(), s.total_y.abs_(), out=s.other)
+        margin.sub_(s.other.mul_(self.tolerance_per_pixel / 2))
         value.copy_(best)
         level.copy_(best.view(bits.dtype).bitwise_and_(low).neg_().add_(low))
-        return torch.maximum(s.pairs[:2].amax(), -s.pairs[:2].amin())
 
-    def _level_value(self, level: int, layout: Tensor | None, s: _Workspace, out: Tensor) -> None:
+    def _level_value(self, level: int, layout: Tensor, s: _Workspace, out: Tensor) -> None:
         """Best I / (A + a) of one level, which orders anchors as IoU does."""
         axis_x, axis_y = self.axes[level]
         first = True
@@ -234,102 +227,148 @@ class GridMatcher:
                     torch.maximum(out, s.overlap.div_(s.other), out=out)
                 first = False
 
-    def _tolerance(self, largest: Tensor) -> Tensor:
-        """Bound on the error of the fast pass, from the largest coordinate.
+    def _bound_errors(self, levels: Sequence[GridLevel]) -> None:
+        """Sets a bound on twice the error of the fast pass: `tolerance`, and more per pixel.
 
-        A sum of two coordinates is off by its rounding, so the cell may be the second nearest: the
-        overlap is then short by twice that, relative to the anchor's shortest side.
+        Below, `e` are distances in pixels by which things are off. An index off by e may choose
+        the second-nearest cell, which is up to 2e farther away, and shortens an overlap by as much.
+        A corner off by e changes an overlap by up to 2e, since it has two ends. I / (A + a) falls
+        by no more than the share that is lost of the anchor's shortest side, on both axes. Anchors
+        that are off themselves change their area too.
         """
         eps = torch.finfo(self.dtype).eps
-        position = largest.clamp(min=self.extent) * (4 * eps) + (0.0 if self.exact else 1e-4)
-        return position * (4 / max(self.shortest, eps)) + 16 * eps * (1 << self.code_bits)
+        cells = [cell for level in levels for cell in level.cells]
+        reach = max(abs(v) for cell in cells for v in cell)
+        extent = max(
+            n * s for level in levels for n, s in zip(level.size, level.stride, strict=True)
+        )
+        # Zero-size anchors are exact: they overlap nothing.
+        shortest = min(
+            (side for c in cells for side in (c[2] - c[0], c[3] - c[1]) if side > 0), default=1.0
+        )
+        # Anchors that all arithmetic keeps exact, as those of torchvision.
+        self.exact = all(
+            level.anchors is None
+            and all(s.is_integer() for s in level.stride)
+            and all((8 * v).is_integer() for cell in level.cells for v in cell)
+            for level in levels
+        ) and (extent + reach < 2**20)
+        e_index, e_corner, e_anchor = 2 * eps * reach, eps * reach, 0.0
+        if not self.exact:
+            e_index += 10.0**-CENTRE_DECIMALS
+            e_corner += eps * (extent + reach)
+            e_anchor = max(
+                (2 if level.anchors is None else 8) * torch.finfo(level.dtype).eps
+                for level in levels
+            ) * (extent + reach)
+        off = 4 * (e_index + e_corner) + 6 * e_anchor
+        self.tolerance = 2 * off / shortest + 16 * eps * (1 << self.code_bits)
+        # Half the sum of a box's corners is its distance from the origin: the index errs with it.
+        self.tolerance_per_pixel = 2 * 4 * 2 * eps / shortest
+        # IoU changes by up to four times as much as I / (A + a).
+        self.anchor_noise = 2 * 4 * 6 * e_anchor / shortest
 
-    def _match_again(self, boxes: Tensor, layout: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Best level from the corners of all anchors that can be best, as `box_iou` computes it."""
-        boxes = boxes.to(self.dtype)
+    def _match_again(self, boxes: Tensor, layout: Tensor) -> tuple[Tensor, Tensor]:
+        """Best level from the anchors' corners, as `box_iou` computes it."""
+        levels = range(self.num_levels)
+        ious = [self._best_iou(i, boxes, layout) for i in levels]
+        if not self.exact:
+            # Anchors that are rounded themselves may all be best as long as they contain the box
+            # or lie in it: look at all of these, on levels that can still win.
+            best = torch.stack(ious).amax(0)
+            close = [(iou >= best - self.anchor_noise) & (best > 0) for iou in ious]
+            open_ = torch.stack(close).sum(0) > 1
+            for i in levels:
+                rows = (close[i] & open_).nonzero().squeeze(1)
+                sides = (boxes[rows, 2:] - boxes[rows, :2]).amax(1)
+                # Boxes of similar size have windows of similar size.
+                rows = rows[sides.argsort()]
+                for start in range(0, len(rows), SEARCH_ROWS):
+                    some = rows[start : start + SEARCH_ROWS]
+                    ious[i][some] = self._best_iou(i, boxes[some], layout[some], wide=True)
         level = torch.full((len(boxes),), self.num_levels, device=self.device)
-        best = boxes.new_zeros(len(boxes))
-        layout = torch.zeros_like(level) if layout is None else layout
-        for i in range(self.num_levels):
-            stride_y, stride_x = self._table(i, "stride", layout)
-            rows, columns = self._table(i, "size", layout)
-            cells = boxes.new_tensor(self.cells[i])
-            near_x, near_y = (
-                (boxes[:, d, None] + boxes[:, d + 2, None] - (cells[:, d] + cells[:, d + 2]))
-                .div(2 * stride[:, None])
-                .round()
-                for d, stride in ((0, stride_x), (1, stride_y))
-            )  # [B, cells]
-            reach_x, reach_y = self._reach(i)
-            steps_x = torch.arange(-reach_x, reach_x + 1, device=self.device)
-            steps_y = torch.arange(-reach_y, reach_y + 1, device=self.device)
-            chunk = max(1, PAIRS // (len(cells) * len(steps_x) * len(steps_y)))
-            for start in range(0, len(boxes), chunk):
-                part = slice(start, start + chunk)
-                column = _inside(near_x[part, None, None, :], steps_x[:, None], columns[part])
-                row = _inside(near_y[part, None, None, :], steps_y[:, None, None], rows[part])
-                stored = [lay[i].anchors for lay in self.layouts]
-                if stored[0] is None:
-                    shift_x = column * stride_x[part, None, None, None]
-                    shift_y = row * stride_y[part, None, None, None]
-                    corners = [
-                        shift + cells[:, d] for d, shift in enumerate((shift_x, shift_y) * 2)
-                    ]
-                else:
-                    index = row * columns[part, None, None, None] + column
-                    index = index.long() * len(cells) + torch.arange(len(cells), device=self.device)
-                    corners = list(stored[0].to(boxes)[index].unbind(-1))
-                iou = pair_iou(boxes[part, :, None, None, None].unbind(1), corners)
-                value = iou.flatten(1).amax(1)
-                better = value > best[part]
-                level[part] = torch.where(better, i, level[part])
-                best[part] = torch.where(better, value, best[part])
+        best = torch.zeros_like(ious[0])
+        for i in levels:
+            level.masked_fill_(ious[i] > best, i)
+            torch.maximum(best, ious[i], out=best)
         return level, best
 
-    def _table(self, level: int, field: str, layout: Tensor) -> tuple[Tensor, Tensor]:
-        values = [getattr(lay[level], field) for lay in self.layouts]
-        table = torch.tensor(values, dtype=self.dtype, device=self.device)[layout]
-        return table[:, 0], table[:, 1]
+    def _best_iou(self, i: int, boxes: Tensor, layout: Tensor, *, wide: bool = False) -> Tensor:
+        """Best IoU with the anchors of level `i` that are nearest.
 
-    def _reach(self, level: int) -> tuple[int, int]:
-        """How many cells around the nearest one may hold the best anchor.
-
-        One, for the rounding of the nearest index. Where anchors are rounded numbers, those that
-        contain a box entirely all have nearly its best IoU, and any of them may be the largest.
+        Rounding may prefer a neighbour of the nearest one. With `wide`, all anchors that contain
+        the box or lie in it are among them.
         """
-        if self.exact:
-            return 1, 1
-        return tuple(  # type: ignore[return-value]
-            min(
-                max(lay[level].size[1 - d] for lay in self.layouts),
-                1
-                + math.ceil(
-                    max(c[d + 2] - c[d] for c in self.cells[level])
-                    / (2 * min(lay[level].stride[1 - d] for lay in self.layouts))
-                ),
-            )
-            for d in (0, 1)
+        cells, axes = self.cells[i], self.axes[i]
+        reach = [1, 1]
+        if wide:
+            for d, axis in enumerate(axes):
+                side = boxes[:, d + 2, None] - boxes[:, d, None]
+                spare = (side - (cells[:, d + 2] - cells[:, d])).abs().amax(1)
+                steps = torch.minimum(spare / (2 * axis.strides[layout]), axis.lasts[layout])
+                reach[d] += math.ceil(float(steps.amax()))
+        window = torch.cartesian_prod(
+            *(torch.arange(-n, n + 1, device=self.device, dtype=self.dtype) for n in reach)
         )
+        best = torch.zeros(len(boxes), dtype=self.dtype, device=self.device)
+        rows = max(1, PAIRS // (9 * len(cells)))
+        for start in range(0, len(boxes), rows):
+            part = slice(start, start + rows)
+            some, where, out = boxes[part], layout[part], best[part]
+            for steps in window.split(max(1, PAIRS // (len(some) * len(cells)))):
+                index = [self._indices(i, d, some, where, steps[:, d, None]) for d in (0, 1)]
+                corners = self._corners(i, index, where)
+                iou = pair_iou(some[:, :, None, None].unbind(1), corners)
+                torch.maximum(out, _best(iou), out=out)
+        return best
+
+    def _indices(self, i: int, d: int, boxes: Tensor, layout: Tensor, steps: Tensor) -> Tensor:
+        """Grid indices [B, steps, cells] so many `steps` from the nearest one."""
+        cells, axis = self.cells[i], self.axes[i][d]
+        stride, last = axis.strides[layout, None, None], axis.lasts[layout, None, None]
+        total = boxes[:, d, None, None].to(self.dtype) + boxes[:, d + 2, None, None]
+        nearest = ((total - (cells[:, d] + cells[:, d + 2])) / (2 * stride)).round_()
+        index = torch.minimum(nearest.clamp_(min=0), last) + steps
+        return torch.minimum(index.clamp_(min=0), last)
+
+    def _corners(self, i: int, index: Sequence[Tensor], layout: Tensor) -> list[Tensor]:
+        """Columns of the anchors at `index` (x, y), in their own type."""
+        cells, stored, dtype = self.cells[i], self.stored[i], self.levels[i].dtype
+        if stored is not None:
+            position = index[1].long() * (self.levels[i].size[1]) + index[0].long()
+            cell = torch.arange(len(cells), device=self.device)
+            return list(stored[position * len(cells) + cell].unbind(-1))
+        shifts = [
+            index[d].to(dtype) * self.axes[i][d].strides[layout, None, None].to(dtype)
+            for d in (0, 1)
+        ]
+        return [shift + cells[:, k].to(dtype) for k, shift in enumerate(shifts * 2)]
 
 
 class RangeMatcher:
     """FCOS: levels by regression range instead of IoU.
 
     Half the longer side of a box lies between 4 and 8 times the size of its level's anchors; the
-    finest level takes everything smaller, the coarsest everything larger.
+    finest level has no lower bound, the coarsest no upper one. Where ranges overlap the finest
+    level takes the box, and between ranges no level does.
 
     Args:
-        sizes: of the anchors, in pixels, one per level, each twice the one before.
+        sizes: of the anchors, in pixels, one per level; in FCOS each is twice the one before.
+        device: where the boxes are.
     """
 
-    def __init__(self, sizes: Sequence[float]) -> None:
-        self.sizes = sizes
+    def __init__(self, sizes: Sequence[float], device: torch.device) -> None:
+        self.sizes, self.device = sizes, device
 
     def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Matcher.match`; there is no IoU, so it is 0."""
         half = (boxes[:, 2:] - boxes[:, :2]).amax(1) / 2
-        bounds = half.new_tensor([4 * size for size in self.sizes[1:]])
-        return torch.bucketize(half, bounds, right=True), torch.zeros_like(half)
+        level = torch.full((len(boxes),), len(self.sizes), device=self.device)
+        for i, size in reversed(list(enumerate(self.sizes))):
+            low = 4 * size if i else -math.inf
+            high = 8 * size if i < len(self.sizes) - 1 else math.inf
+            level[(low <= half) & (half < high)] = i
+        return level, torch.zeros_like(half)
 
 
 class SearchMatcher:
@@ -342,7 +381,7 @@ class SearchMatcher:
     """
 
     def __init__(self, levels: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> None:
-        self.levels = [level.to(device, dtype).t().contiguous() for level in levels]
+        self.levels = [level.to(device).t().contiguous() for level in levels]
         self.dtype, self.device = dtype, device
 
     def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -352,23 +391,24 @@ class SearchMatcher:
         for start in range(0, len(boxes), SEARCH_ROWS):
             part = slice(start, start + SEARCH_ROWS)
             for i, anchors in enumerate(self.levels):
-                value = self._best_iou(boxes[part].to(self.dtype), anchors)
+                value = self._best_iou(boxes[part], anchors)
                 level[part].masked_fill_(value > best[part], i)
                 torch.maximum(best[part], value, out=best[part])
         return level, best
 
     def _best_iou(self, boxes: Tensor, anchors: Tensor) -> Tensor:
-        best = boxes.new_zeros(len(boxes))
+        best = torch.zeros(len(boxes), dtype=self.dtype, device=self.device)
         for chunk in anchors.split(max(1, PAIRS // max(1, len(boxes))), dim=1):
             iou = pair_iou(boxes[:, :, None].unbind(1), chunk.unbind(0))
-            torch.maximum(best, iou.amax(1), out=best)
+            torch.maximum(best, _best(iou), out=best)
         return best
 
 
 def pair_iou(boxes: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
     """IoU of boxes and anchors given as columns (x1, y1, x2, y2) that broadcast.
 
-    Operation for operation `torchvision.ops.box_iou`, so equal to it in every bit.
+    Operation for operation `torchvision.ops.box_iou`, so equal to it in every bit, also where boxes
+    and anchors are of different types.
     """
     (x1, y1, x2, y2), (ax1, ay1, ax2, ay2) = boxes, anchors
     width = (torch.minimum(x2, ax2) - torch.maximum(x1, ax1)).clamp_(min=0)
@@ -378,10 +418,9 @@ def pair_iou(boxes: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
     return inter.div_(union)
 
 
-def _inside(nearest: Tensor, steps: Tensor, size: Tensor) -> Tensor:
-    """Grid indices around `nearest`, moved onto a grid of `size` positions."""
-    last = (size - 1)[:, None, None, None]
-    return torch.minimum((torch.minimum(nearest.clamp(min=0), last) + steps).clamp_(min=0), last)
+def _best(iou: Tensor) -> Tensor:
+    """Largest IoU in each row; 0 / 0, of a box and an anchor without area, is no overlap."""
+    return iou.flatten(1).amax(1).nan_to_num_(nan=0.0)
 
 
 _Group = tuple[tuple[float, float], list[tuple[float, list[Cell]]]]
@@ -391,7 +430,8 @@ def _by_centre(cells: Sequence[Cell]) -> list[_Group]:
     """Cell anchors by their common centre, and within one centre by area."""
 
     def centre(cell: Cell) -> tuple[float, float]:
-        return round((cell[0] + cell[2]) / 2, 4), round((cell[1] + cell[3]) / 2, 4)
+        x, y = (cell[0] + cell[2]) / 2, (cell[1] + cell[3]) / 2
+        return round(x, CENTRE_DECIMALS), round(y, CENTRE_DECIMALS)
 
     def area(cell: Cell) -> float:
         return (cell[2] - cell[0]) * (cell[3] - cell[1])

@@ -9,11 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from alphafpn.anchors import AnchorLayout, DetectorView, Size, indistinguishable_levels
+from alphafpn.anchors import (
+    AnchorLayout,
+    DetectorView,
+    Size,
+    check_distinct,
+    describe,
+    largest,
+)
 from alphafpn.datasets import Annotations, read_annotations
-from alphafpn.estimate import AlphaEstimate
+from alphafpn.estimate import AlphaEstimate, check_clamp
 from alphafpn.matching import GridMatcher, Matcher, RangeMatcher
-from alphafpn.statistics import LevelCounts, check_clamp, count_levels, same_levels_message
+from alphafpn.statistics import LevelCounts, count_levels
 
 
 def estimate_alpha_for(
@@ -50,41 +57,35 @@ def estimate_alpha_for(
     view = DetectorView(model)
     annotations = read_annotations(dataset, category_ids=category_ids, progress=progress)
     counts: LevelCounts | None = None
-    first: AnchorLayout | None = None
+    every: list[AnchorLayout] = []
     for min_size in view.min_sizes:
         layouts, layout, scale = _layouts(view, annotations, min_size)
-        if first is None:
-            # The largest image shows the strides best: small ones have levels of a single cell.
-            first = max(layouts, key=lambda lay: lay.grid_sizes[0][0] * lay.grid_sizes[0][1])
+        every += layouts
         boxes = _resized(annotations, scale)
         matcher: Matcher
         if view.is_fcos:
-            matcher = RangeMatcher([float(c[0, 2] - c[0, 0]) for c in first.cell_anchors])
+            sizes = [float(cells[0, 2] - cells[0, 0]) for cells in layouts[0].cell_anchors]
+            matcher = RangeMatcher(sizes, boxes.device)
         else:
-            pair = indistinguishable_levels(first)
-            if pair is not None:
-                raise ValueError(
-                    same_levels_message("the detector", *(first.level_names[i] for i in pair))
-                )
+            check_distinct(largest(layouts), "the detector")
             grids = [lay._levels for lay in layouts]
             matcher = GridMatcher(grids, boxes.dtype, boxes.device)
         found = count_levels(
             matcher,
             boxes,
             torch.from_numpy(annotations.counts),
-            len(first.cell_anchors),
+            len(layouts[0].cell_anchors),
             layout if len(layouts) > 1 else None,
         )
         counts = found if counts is None else counts + found
     assert counts is not None
-    assert first is not None
     limit = view.detections_per_image
     return counts.estimate(
-        first,
         view.num_fused_levels,
         clamp,
-        num_boxes=len(annotations.boxes),
+        len(annotations.boxes),
         follows_iou=not view.is_fcos,
+        **describe(every, len(every[0].cell_anchors)),
         left_out=dict(annotations.left_out),
         detections_per_image=limit,
         num_crowded=0 if limit is None else int((annotations.counts > limit).sum()),
@@ -97,15 +98,17 @@ def _layouts(
     """The different layouts, which of them each image has, and each image's scale (y, x)."""
     # Sizes repeat: work is per different size, and per different padded shape.
     key = annotations.sizes[:, 0] << 32 | annotations.sizes[:, 1]
-    unique, size_of_image = np.unique(key, return_inverse=True)
+    unique, first, size_of_image = np.unique(key, return_index=True, return_inverse=True)
     index: dict[Size, int] = {}
     layouts: list[AnchorLayout] = []
     layout_of_size = np.empty(len(unique), dtype=np.int64)
     scale = np.empty((len(unique), 2), dtype=np.float32)
     for i, both in enumerate(unique.tolist()):
         size = (both >> 32, both & 0xFFFFFFFF)
-        resized = view.resized_size(size, min_size)
-        padded = view.padded_size(size, resized)
+        try:
+            resized, padded = view.frame(size, min_size)
+        except ValueError as error:
+            raise ValueError(f"image {first[i]}: {error}") from None
         if padded not in index:
             index[padded] = len(layouts)
             layouts.append(view.layout(padded))

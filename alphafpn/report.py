@@ -36,7 +36,7 @@ def warnings(estimate: AlphaEstimate) -> list[str]:
         return ["no boxes were counted: all factors are 1"]
     if estimate.clamp is not None:
         for i, (alpha, ratio) in enumerate(zip(estimate.alpha, estimate.ratios, strict=True)):
-            if math.isfinite(ratio) and ratio != alpha:
+            if _is_clamped(alpha, ratio):
                 found.append(
                     f"the clamp {_pair(estimate.clamp)} set the factor {_edge(estimate, i)}: "
                     f"the ratio is {ratio:.3g}"
@@ -91,7 +91,7 @@ def _factor_rows(estimate: AlphaEstimate) -> list[tuple[str, ...]]:
     for i, (factor, ratio, (low, high)) in enumerate(
         zip(_factors(estimate), estimate.ratios, estimate.confidence_interval(), strict=True)
     ):
-        clamped = "clamped" if math.isfinite(ratio) and factor != ratio else ""
+        clamped = "clamped" if _is_clamped(factor, ratio) else ""
         rows.append(
             (
                 _edge(estimate, i),
@@ -120,6 +120,11 @@ def _facts(estimate: AlphaEstimate) -> list[str]:
 def _factors(estimate: AlphaEstimate) -> tuple[float, ...]:
     """The factors, or the ratios where a missing clamp leaves them undefined."""
     return estimate.ratios if estimate.clamp is None else estimate.alpha
+
+
+def _is_clamped(factor: float, ratio: float) -> bool:
+    """Whether the clamp set the factor; 0 / 0 gives 1 without it."""
+    return not math.isnan(ratio) and factor != ratio
 
 
 def _edge(estimate: AlphaEstimate, i: int) -> str:

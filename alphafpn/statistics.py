@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from alphafpn.anchors import (
     AnchorLayout,
     check_boxes,
+    check_distinct,
     check_num_fused_levels,
-    indistinguishable_levels,
+    describe,
     recognise_grid,
+    same_levels_message,
 )
-from alphafpn.estimate import IOU_BINS, IOU_UNIT, SIZE_UNIT, AlphaEstimate
+from alphafpn.estimate import IOU_BINS, IOU_UNIT, SIZE_UNIT, AlphaEstimate, check_clamp
 from alphafpn.matching import GridMatcher, Matcher, SearchMatcher
 
 Levels = Sequence[Tensor]
@@ -63,35 +66,31 @@ def estimate_alpha(
         (0.5,)
     """
     clamp = check_clamp(clamp)
-    boxes, sizes = _concatenate(gt_boxes)
-    kinds, kind_of_image = _kinds(anchors, len(sizes))
-    num_levels = _num_levels(kinds[0])
+    name = "gt_boxes" if isinstance(gt_boxes, Tensor) else "gt_boxes[{}]"
+    images = _images(gt_boxes, name)
+    kinds, kind_of_image = _kinds(anchors, len(images), num_fused_levels)
+    num_levels = len(_tensors(kinds[0]))
     if num_fused_levels is None:
         num_fused_levels = getattr(kinds[0], "num_fused_levels", num_levels - 1)
     check_num_fused_levels(num_fused_levels, num_levels)
-    families = _families(kinds)
+    layouts = [kind for kind in kinds if isinstance(kind, AnchorLayout)]
+    description = describe(layouts if len(layouts) == len(kinds) else [], num_levels)
+    device = images[0].device if images else torch.device("cpu")
+    all_sizes = torch.tensor([b.shape[0] for b in images], dtype=torch.int64, device="cpu")
     result: AlphaEstimate | None = None
-    for family in families:
-        layouts = [kinds[k] for k in family]
-        first = layouts[0]
-        if len(families) == 1:
-            part, part_sizes, layout = boxes, sizes, kind_of_image
-        else:
-            assert kind_of_image is not None
-            member = torch.isin(kind_of_image, torch.tensor(family))
-            part = boxes[member.repeat_interleave(sizes).to(boxes.device)]
-            part_sizes = sizes[member]
-            layout = torch.searchsorted(torch.tensor(family), kind_of_image[member])
-        matcher: Matcher
-        if isinstance(first, AnchorLayout):
-            grids = [layout._levels for layout in layouts if isinstance(layout, AnchorLayout)]
-            matcher = GridMatcher(grids, boxes.dtype, boxes.device)
-        else:
-            matcher = SearchMatcher(first, boxes.dtype, boxes.device)
-        counts = count_levels(matcher, part, part_sizes, num_levels, layout)
-        estimate = counts.estimate(
-            kinds[0], num_fused_levels, clamp, num_boxes=len(part), same_cells=len(families) == 1
-        )
+    for family in _families(kinds):
+        members = np.flatnonzero(np.isin(kind_of_image, family))
+        chosen, sizes = images, all_sizes
+        if len(members) < len(images):
+            chosen, sizes = [images[i] for i in members], all_sizes[members]
+        dtype = _dtype([*chosen, *(level for k in family for level in _tensors(kinds[k]))])
+        matcher = _matcher([kinds[k] for k in family], dtype, device)
+        layout = None
+        if len(family) > 1:
+            layout = torch.from_numpy(np.searchsorted(family, kind_of_image[members]))
+        blocks = _blocks(chosen, sizes, name, members)
+        counts = count_levels(matcher, blocks, sizes, num_levels, layout)
+        estimate = counts.estimate(num_fused_levels, clamp, int(sizes.sum()), **description)
         result = estimate if result is None else result.merge(estimate)
     assert result is not None
     return result
@@ -123,32 +122,21 @@ class LevelCounts:
 
     def estimate(
         self,
-        anchors: AnchorLayout | Levels,
         num_fused_levels: int,
         clamp: tuple[float, float] | None,
-        *,
         num_boxes: int,
-        same_cells: bool = True,
+        *,
         follows_iou: bool = True,
-        **more: Any,
+        **description: Any,
     ) -> AlphaEstimate:
-        """The estimate, described by the first image's `anchors`."""
+        """The estimate; `description` is what else an `AlphaEstimate` holds."""
         *counts, num_unmatched = self.per_image.sum(0).tolist()
         # Products of counts in float64 are exact far beyond any data set.
         per_image = self.per_image[:, :-1].double()
         moments = (per_image.t() @ per_image).round().long().tolist()
-        names: tuple[str, ...] = tuple(f"level {i}" for i in range(len(counts)))
-        strides: tuple[float, ...] = ()
-        anchors_per_cell: tuple[int, ...] = ()
-        if isinstance(anchors, AnchorLayout):
-            names = anchors.level_names
-            strides = tuple(max(level.stride) for level in anchors._levels)
-            if same_cells:
-                anchors_per_cell = tuple(len(level.cells) for level in anchors._levels)
         return AlphaEstimate(
             counts=tuple(counts),
             moments=tuple(tuple(row) for row in moments),
-            level_names=names,
             num_fused_levels=num_fused_levels,
             num_images=len(per_image),
             num_boxes=num_boxes,
@@ -158,15 +146,13 @@ class LevelCounts:
             iou_histogram=tuple(self.histogram.tolist()) if follows_iou else None,
             iou_sums=tuple(int(s) for s in self.iou_sums.tolist()),
             size_sum=int(self.size_sum),
-            strides=strides,
-            anchors_per_cell=anchors_per_cell,
-            **more,
+            **description,
         )
 
 
 def count_levels(
     matcher: Matcher,
-    boxes: Tensor,
+    boxes: Tensor | Iterable[Tensor],
     sizes: Tensor,
     num_levels: int,
     layout: Tensor | None = None,
@@ -175,33 +161,34 @@ def count_levels(
 
     Args:
         matcher: of the anchors.
-        boxes: [G, 4] xyxy, image after image.
+        boxes: [G, 4] xyxy, image after image; or in pieces, wherever they are cut.
         sizes: boxes per image, int64 [M] on the CPU, with sum G.
         num_levels: L.
         layout: which of the matcher's layouts each image has, int64 [M]; None if there is one.
     """
-    device = boxes.device
+    device = matcher.device
     counts = LevelCounts(
         torch.zeros(len(sizes), num_levels + 1, dtype=torch.int64, device=device),
         torch.zeros(IOU_BINS, dtype=torch.int64, device=device),
         torch.zeros(num_levels, dtype=torch.float64, device=device),
         torch.zeros((), dtype=torch.float64, device=device),
     )
+    layout = None if layout is None else layout.to(device)
     ends = sizes.cumsum(0)
-    for start in range(0, len(boxes), BLOCK):
-        part = boxes[start : start + BLOCK]
+    stop = 0
+    for part in boxes.split(BLOCK) if isinstance(boxes, Tensor) else boxes:
+        start, stop = stop, stop + len(part)
         # The images of this block; the first and the last may lie in others as well.
-        first, last = torch.searchsorted(
-            ends, torch.tensor([start, start + len(part) - 1]), right=True
-        ).tolist()
-        bounds = ends[first : last + 1].clamp(max=start + len(part))
-        image = torch.arange(last + 1 - first).repeat_interleave(
-            torch.diff(bounds, prepend=torch.tensor([start])), output_size=len(part)
+        first, last = _images_of(ends, start, stop)
+        bounds = ends[first : last + 1].clamp(max=stop)
+        lengths = bounds.diff(prepend=torch.tensor([start], device="cpu")).to(device)
+        image = torch.arange(last + 1 - first, device=device).repeat_interleave(
+            lengths, output_size=len(part)
         )
-        where = None if layout is None else layout[first : last + 1][image].to(device)
+        where = None if layout is None else layout[first : last + 1][image]
         level, iou = matcher.match(part, where)
-        key = image.to(device).mul_(num_levels + 1).add_(level)
         rows = counts.per_image[first : last + 1]
+        key = image.mul_(num_levels + 1).add_(level)
         rows += torch.bincount(key, minlength=rows.numel()).view_as(rows)
         # The small number makes up for the rounding of an IoU that is a whole hundredth.
         bins = (iou * (IOU_BINS - 1) + 1e-4).long()
@@ -213,75 +200,77 @@ def count_levels(
     return counts
 
 
-def check_clamp(clamp: Any) -> tuple[float, float] | None:
-    """`clamp` as two floats.
-
-    Raises:
-        TypeError: if it is not None or a pair of numbers.
-        ValueError: unless 0 <= lower <= upper < inf.
-    """
-    if clamp is None:
-        return None
-    try:
-        low, high = (float(bound) for bound in clamp)
-    except (TypeError, ValueError):
-        raise TypeError(f"clamp: None or (lower, upper) expected, found {clamp!r}") from None
-    if not 0 <= low <= high < math.inf:
-        raise ValueError(f"clamp: 0 <= lower <= upper < inf expected, found {clamp!r}")
-    return low, high
+def _images_of(ends: Tensor, start: int, stop: int) -> tuple[int, int]:
+    """The first and the last image that own boxes `start` to `stop`."""
+    boxes = torch.tensor([start, stop - 1], device="cpu")
+    first, last = torch.searchsorted(ends, boxes, right=True).tolist()
+    return first, last
 
 
-def _concatenate(gt_boxes: Any) -> tuple[Tensor, Tensor]:
-    """Boxes [G, 4] of all images, and boxes per image."""
-    if isinstance(gt_boxes, Tensor):
-        boxes = check_boxes(gt_boxes, "gt_boxes")
-        return boxes, torch.tensor([len(boxes)])
+def _blocks(
+    images: Sequence[Tensor], sizes: Tensor, name: str, members: npt.NDArray[np.int64]
+) -> Iterator[Tensor]:
+    """The boxes of all images in blocks of equal length, checked; members are for messages."""
+    ends = sizes.cumsum(0)
+    total = int(sizes.sum())
+    for start in range(0, total, BLOCK):
+        stop = min(start + BLOCK, total)
+        first, last = _images_of(ends, start, stop)
+        pieces = list(images[first : last + 1])
+        pieces[-1] = pieces[-1][: stop - int(ends[last] - sizes[last])]
+        pieces[0] = pieces[0][start - int(ends[first] - sizes[first]) :]
+        block = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        try:
+            block = check_boxes(block, "")
+        except ValueError:
+            for i in range(first, last + 1):
+                check_boxes(images[i], name.format(members[i]))
+            raise
+        yield block
+
+
+def _images(gt_boxes: Any, name: str) -> list[Tensor]:
+    """Boxes [G, 4] per image, floating, on one device; their values are not checked."""
     if not isinstance(gt_boxes, Iterable) or isinstance(gt_boxes, str | bytes | dict):
         raise TypeError(
             "gt_boxes: a tensor [G, 4], or a sequence of one per image expected, found "
             f"{type(gt_boxes).__name__}"
         )
-    images = list(gt_boxes)
+    images = [gt_boxes] if isinstance(gt_boxes, Tensor) else list(gt_boxes)
     for i, boxes in enumerate(images):
-        # Values are checked all at once below; this loop runs over every image.
-        if (
-            not isinstance(boxes, Tensor)
-            or boxes.dim() != 2
-            or boxes.shape[1] != 4
-            or not boxes.is_floating_point()
+        # This loop runs over every image, so it leaves the values to the blocks.
+        if not (
+            isinstance(boxes, Tensor)
+            and boxes.dim() == 2
+            and boxes.shape[1] == 4
+            and boxes.dtype in (torch.float32, torch.float64)
         ):
-            images[i] = check_boxes(boxes, f"gt_boxes[{i}]")
-    if not images:
-        return torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+            images[i] = check_boxes(boxes, name.format(i))
     devices = {boxes.device for boxes in images}
     if len(devices) > 1:
         raise ValueError(f"gt_boxes: one device expected, found {sorted(map(str, devices))}")
-    together = torch.cat(images)
-    if together.dtype not in (torch.float32, torch.float64):
-        together = together.float()
-    try:
-        check_boxes(together, "gt_boxes")
-    except ValueError:
-        for i, boxes in enumerate(images):
-            check_boxes(boxes, f"gt_boxes[{i}]")
-        raise
-    return together, torch.tensor([len(boxes) for boxes in images])
+    return images
 
 
-def _kinds(anchors: Any, num_images: int) -> tuple[list[AnchorLayout | Levels], Tensor | None]:
-    """The different anchors in `anchors`, and which of them each image has (None: the same)."""
+def _kinds(
+    anchors: Any, num_images: int, num_fused_levels: int | None
+) -> tuple[list[AnchorLayout | Levels], npt.NDArray[np.int64]]:
+    """The different anchors in `anchors`, and which of them each image has."""
+    same = np.zeros(num_images, dtype=np.int64)
     if isinstance(anchors, AnchorLayout):
-        return [_checked(anchors, "anchors")], None
+        return [_checked(anchors, "anchors", num_fused_levels)], same
     if isinstance(anchors, Tensor) or not isinstance(anchors, Sequence) or len(anchors) == 0:
         raise TypeError(
             "anchors: an AnchorLayout, a sequence of tensors [N_l, 4] per level, or a sequence of "
             f"one of these per image expected, found {_describe(anchors)}"
         )
     if all(isinstance(level, Tensor) for level in anchors):
-        return [_checked(anchors, "anchors")], None
+        return [_checked(anchors, "anchors", num_fused_levels)], same
     if len(anchors) != num_images:
         raise ValueError(f"anchors for {len(anchors)} images, but boxes for {num_images}")
-    seen: dict[tuple[int, ...], int] = {}
+    # The same object needs no second look. Objects stay here, so that ids stay theirs.
+    seen: dict[tuple[int, ...], tuple[int, object]] = {}
+    index: dict[object, int] = {}
     kinds: list[AnchorLayout | Levels] = []
     kind_of_image = []
     for i, image in enumerate(anchors):
@@ -290,20 +279,22 @@ def _kinds(anchors: Any, num_images: int) -> tuple[list[AnchorLayout | Levels], 
                 f"anchors[{i}]: an AnchorLayout or a sequence of tensors per level expected, "
                 f"found {_describe(image)}"
             )
-        identity = (
-            (id(image),) if isinstance(image, AnchorLayout) else tuple(id(level) for level in image)
-        )
+        parts = (image,) if isinstance(image, AnchorLayout) else tuple(image)
+        identity = tuple(map(id, parts))
         if identity not in seen:
-            kind = _checked(image, f"anchors[{i}]")
-            if kinds and _num_levels(kind) != _num_levels(kinds[0]):
-                raise ValueError(
-                    f"anchors[{i}]: {_num_levels(kinds[0])} levels expected, as on the first "
-                    f"image, found {_num_levels(kind)}"
-                )
-            seen[identity] = len(kinds)
-            kinds.append(kind)
-        kind_of_image.append(seen[identity])
-    return kinds, torch.tensor(kind_of_image)
+            key = _key(image) or identity
+            if key not in index:
+                kind = _checked(image, f"anchors[{i}]", num_fused_levels)
+                if kinds and len(_tensors(kind)) != len(_tensors(kinds[0])):
+                    raise ValueError(
+                        f"anchors[{i}]: {len(_tensors(kinds[0]))} levels expected, as on the first "
+                        f"image, found {len(_tensors(kind))}"
+                    )
+                index[key] = len(kinds)
+                kinds.append(kind)
+            seen[identity] = index[key], parts
+        kind_of_image.append(seen[identity][0])
+    return kinds, np.array(kind_of_image, dtype=np.int64)
 
 
 def _describe(value: Any) -> str:
@@ -312,32 +303,31 @@ def _describe(value: Any) -> str:
     )
 
 
-def _checked(anchors: AnchorLayout | Levels, where: str) -> AnchorLayout | Levels:
+def _checked(
+    anchors: AnchorLayout | Levels, where: str, num_fused_levels: int | None
+) -> AnchorLayout | Levels:
     """The layout, also of plain tensors where they have one; its levels can be told apart."""
-    layout: AnchorLayout | None
     if isinstance(anchors, AnchorLayout):
-        layout = anchors
-    else:
-        levels = [check_boxes(level, f"{where}[{i}]") for i, level in enumerate(anchors)]
-        for i, level in enumerate(levels):
-            if len(level) == 0:
-                raise ValueError(f"{where}[{i}]: at least one anchor expected, found none")
-        grids = [recognise_grid(level) for level in levels]
-        if any(grid is None for grid in grids):
-            _check_distinct(levels, where)
-            return levels
-        layout = AnchorLayout._from_grids([g for g in grids if g is not None], levels, None)
-    pair = indistinguishable_levels(layout)
-    if pair is not None:
-        raise ValueError(same_levels_message(where, *(layout.level_names[i] for i in pair)))
+        check_distinct(anchors, where)
+        return anchors
+    levels = [check_boxes(level, f"{where}[{i}]") for i, level in enumerate(anchors)]
+    for i, level in enumerate(levels):
+        if len(level) == 0:
+            raise ValueError(f"{where}[{i}]: at least one anchor expected, found none")
+    grids = [grid for level in levels if (grid := recognise_grid(level)) is not None]
+    if len(grids) < len(levels):
+        _check_distinct_tensors(levels, where)
+        return levels
+    layout = AnchorLayout._from_grids(grids, levels, num_fused_levels)
+    check_distinct(layout, where)
     return layout
 
 
-def _check_distinct(levels: Levels, where: str) -> None:
+def _check_distinct_tensors(levels: Levels, where: str) -> None:
     for coarse in range(1, len(levels)):
         for fine in range(coarse):
             if _contains(levels[fine], levels[coarse]):
-                raise ValueError(same_levels_message(where, f"level {fine}", f"level {coarse}"))
+                raise ValueError(same_levels_message(where, str(fine), str(coarse)))
 
 
 def _contains(fine: Tensor, coarse: Tensor) -> bool:
@@ -346,32 +336,44 @@ def _contains(fine: Tensor, coarse: Tensor) -> bool:
     for row in coarse[:: max(1, len(coarse) - 1)][:2]:
         if not (fine == row).all(1).any():
             return False
-    both = torch.cat([fine.unique(dim=0), coarse.unique(dim=0)])
-    return int(both.unique(dim=0, return_counts=True)[1].eq(2).sum()) == len(coarse.unique(dim=0))
-
-
-def same_levels_message(where: str, fine: str, coarse: str) -> str:
-    """Why such levels are refused, for an error message."""
-    return (
-        f"{where}: all anchors of {coarse} also lie on {fine}, so no box can be given to one of "
-        "them by its best IoU. (torchvision's AnchorGenerator returns one tensor per image, not "
-        "per level: see AnchorLayout.from_detector. Its MobileNet detectors have such levels by "
-        "design; patch them with factors of your choice.)"
-    )
+    fine, coarse = fine.unique(dim=0), coarse.unique(dim=0)
+    return len(torch.cat([fine, coarse]).unique(dim=0)) == len(fine)
 
 
 def _families(kinds: Sequence[AnchorLayout | Levels]) -> list[list[int]]:
     """Indices of anchors that one matcher can take: layouts that share their cell anchors."""
-    families: dict[Any, list[int]] = {}
+    families: dict[object, list[int]] = {}
     for i, kind in enumerate(kinds):
-        key: Any = i
-        if isinstance(kind, AnchorLayout):
-            levels = kind._levels
-            stored = any(level.anchors is not None for level in levels)
-            key = i if stored else tuple(level.cells for level in levels)
+        key: object = i
+        if isinstance(kind, AnchorLayout) and _key(kind) is not None:
+            key = tuple((level.cells, level.dtype) for level in kind._levels)
         families.setdefault(key, []).append(i)
     return list(families.values())
 
 
-def _num_levels(anchors: AnchorLayout | Levels) -> int:
-    return len(anchors.cell_anchors if isinstance(anchors, AnchorLayout) else anchors)
+def _key(anchors: object) -> object:
+    """What equal layouts have in common; None for stored anchors, which are not compared."""
+    if not isinstance(anchors, AnchorLayout):
+        return None
+    levels = anchors._levels
+    return levels if all(level.anchors is None for level in levels) else None
+
+
+def _matcher(
+    family: Sequence[AnchorLayout | Levels], dtype: torch.dtype, device: torch.device
+) -> Matcher:
+    layouts = [kind._levels for kind in family if isinstance(kind, AnchorLayout)]
+    if layouts:
+        return GridMatcher(layouts, dtype, device)
+    return SearchMatcher(_tensors(family[0]), dtype, device)
+
+
+def _tensors(anchors: AnchorLayout | Levels) -> Sequence[Tensor]:
+    """One tensor per level: cell anchors or anchors."""
+    return anchors.cell_anchors if isinstance(anchors, AnchorLayout) else anchors
+
+
+def _dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The widest, in which the brute force would compute."""
+    wide = any(dtype == torch.float64 for dtype in {tensor.dtype for tensor in tensors})
+    return torch.float64 if wide else torch.float32

@@ -1,0 +1,51 @@
+"""Algorithm 1 as the paper words it: box by box, level by level, anchor against anchor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torchvision.ops import box_iou
+
+
+def level_ious(levels: Sequence[Tensor], boxes: Tensor) -> list[list[float]]:
+    """Best IoU of each box on each level; an IoU of 0 / 0 is none."""
+    best = [box_iou(boxes, anchors).nan_to_num(nan=0.0).amax(1).tolist() for anchors in levels]
+    return [[best[i][g] for i in range(len(levels))] for g in range(len(boxes))]
+
+
+def best_level(ious: Sequence[float]) -> int:
+    """The first level that holds the maximum; the number of levels without any overlap."""
+    best, level = 0.0, len(ious)
+    for i, iou in enumerate(ious):
+        if iou > best:
+            best, level = iou, i
+    return level
+
+
+def is_clear(ious: Sequence[float]) -> bool:
+    """Whether the two best levels differ by more than 1e-6, or not at all."""
+    second, first = sorted(ious)[-2:]
+    return first - second > 1e-6 or first == second
+
+
+def counts(
+    levels: Sequence[Sequence[Tensor]], images: Sequence[Tensor]
+) -> tuple[list[int], int, list[list[int]]]:
+    """Boxes per level, boxes that overlap nothing, and boxes per image and level."""
+    per_image = []
+    unmatched = 0
+    for anchors, boxes in zip(levels, images, strict=True):
+        row = [0] * (len(anchors) + 1)
+        for ious in level_ious(anchors, boxes):
+            row[best_level(ious)] += 1
+        unmatched += row.pop()
+        per_image.append(row)
+    return [sum(column) for column in zip(*per_image, strict=True)], unmatched, per_image
+
+
+def ratios(counts: Sequence[int], num_fused_levels: int) -> list[float]:
+    """Eq. 2, with the extra levels in the last numerator; without a guard against 0."""
+    k = num_fused_levels
+    result = [counts[i + 1] / counts[i] for i in range(k - 2)]
+    return [*result, sum(counts[k - 1 :]) / counts[k - 2]]
