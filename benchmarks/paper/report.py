@@ -145,8 +145,8 @@ def _facts(setting: Setting) -> str:
         f"Trained on {crops} from {counts['train_images']} images ({counts['train_boxes']} "
         f"objects), judged on {judged}: {counts['val_images']} ({counts['val_boxes']} objects). "
         f"{config['channels']} channels, {config['optimizer']}, learning rate {config['lr']:g}, "
-        f"{config['warmup']} steps of warm-up{clip}, {config['precision']}; on {', '.join(devices)}; "
-        f"torch {run['versions']['torch']}, torchvision {run['versions']['torchvision']}."
+        f"{config['warmup']} steps of warm-up{clip}, {config['precision']}; "
+        f"on {', '.join(devices)}; torch {run['versions']['torch']}, torchvision {run['versions']['torchvision']}."
     )
 
 
