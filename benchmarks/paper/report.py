@@ -139,14 +139,15 @@ def _facts(setting: Setting) -> str:
     crops = f"crops of {config['crop']}" if config["crop"] else "whole images"
     judged = f"tiles of {config['tile']}" if config["tile"] else "whole images"
     devices = sorted({run["device"] for run in setting.runs})
-    counts = run["counts"]
+    counts, versions = run["counts"], run["versions"]
     clip = f", gradients clipped to {config['clip']:g}" if config["clip"] else ""
     return (
         f"Trained on {crops} from {counts['train_images']} images ({counts['train_boxes']} "
         f"objects), judged on {judged}: {counts['val_images']} ({counts['val_boxes']} objects). "
         f"{config['channels']} channels, {config['optimizer']}, learning rate {config['lr']:g}, "
         f"{config['warmup']} steps of warm-up{clip}, {config['precision']}; "
-        f"on {', '.join(devices)}; torch {run['versions']['torch']}, torchvision {run['versions']['torchvision']}."
+        f"on {', '.join(devices)}; torch {versions['torch']}, torchvision "
+        f"{versions['torchvision']}."
     )
 
 
