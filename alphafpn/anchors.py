@@ -235,8 +235,10 @@ class DetectorView:
             ValueError: if nothing is left of the resized image.
         """
         transform = self.transform
-        if not _is_stock(
-            transform, GeneralizedRCNNTransform, "forward", "normalize", "resize", "batch_images"
+        if _is_stock(transform, GeneralizedRCNNTransform, "resize"):
+            min_size = min_size or transform.min_size[-1]
+        if min_size is None or not _is_stock(
+            transform, GeneralizedRCNNTransform, "forward", "normalize", "batch_images"
         ):
             return self._run_transform(size, min_size)
         if self._skips_resize:
@@ -244,8 +246,6 @@ class DetectorView:
         elif transform.fixed_size is not None:
             resized = int(transform.fixed_size[1]), int(transform.fixed_size[0])
         else:
-            if min_size is None:
-                min_size = transform.min_size[-1]
             # `_resize_image_and_masks` and `interpolate(recompute_scale_factor=True)`.
             scale = min(min_size / min(size), transform.max_size / max(size))
             resized = math.floor(size[0] * scale), math.floor(size[1] * scale)
@@ -262,9 +262,12 @@ class DetectorView:
         transform = copy.copy(self.transform)
         if min_size is not None:
             transform.min_size = (min_size,)
-        image = torch.empty(self.num_channels, *size, device="meta")
+        shape = (self.num_channels, *size)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            batch, _ = transform.forward([image], None)
+            try:
+                batch, _ = transform.forward([torch.empty(shape, device="meta")], None)
+            except Exception:  # of code that needs data
+                batch, _ = transform.forward([torch.zeros(shape)], None)
         (height, width), padded = batch.image_sizes[0], batch.tensors.shape[-2:]
         return (int(height), int(width)), (int(padded[0]), int(padded[1]))
 
