@@ -383,13 +383,16 @@ class SearchMatcher:
     def __init__(self, levels: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> None:
         self.levels = [level.to(device).t().contiguous() for level in levels]
         self.dtype, self.device = dtype, device
+        # Other devices have no such cache and are slow to start: there, half a GiB at once.
+        more = 1 if device.type == "cpu" else 8
+        self.rows, self.pairs = more * SEARCH_ROWS, more**2 * PAIRS
 
     def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Matcher.match`."""
         level = torch.full((len(boxes),), len(self.levels), device=self.device)
         best = torch.zeros(len(boxes), dtype=self.dtype, device=self.device)
-        for start in range(0, len(boxes), SEARCH_ROWS):
-            part = slice(start, start + SEARCH_ROWS)
+        for start in range(0, len(boxes), self.rows):
+            part = slice(start, start + self.rows)
             for i, anchors in enumerate(self.levels):
                 value = self._best_iou(boxes[part], anchors)
                 level[part].masked_fill_(value > best[part], i)
@@ -398,7 +401,7 @@ class SearchMatcher:
 
     def _best_iou(self, boxes: Tensor, anchors: Tensor) -> Tensor:
         best = torch.zeros(len(boxes), dtype=self.dtype, device=self.device)
-        for chunk in anchors.split(max(1, PAIRS // max(1, len(boxes))), dim=1):
+        for chunk in anchors.split(max(1, self.pairs // max(1, len(boxes))), dim=1):
             iou = pair_iou(boxes[:, :, None].unbind(1), chunk.unbind(0))
             torch.maximum(best, _best(iou), out=best)
         return best

@@ -1,5 +1,6 @@
 """Tiny objects: the paper's detectors, evaluation, tiling and Scale Match (extra ``tiny``)."""
 
+from alphafpn.tiny._tile_files import read_tile
 from alphafpn.tiny.detectors import tiny_faster_rcnn, tiny_retinanet
 from alphafpn.tiny.erasing import EraseIgnored
 from alphafpn.tiny.evaluation import evaluate_tiny, format_tiny
@@ -15,6 +16,7 @@ __all__ = [
     "evaluate_tiny",
     "format_tiny",
     "merge_detections",
+    "read_tile",
     "tiny_faster_rcnn",
     "tiny_retinanet",
 ]
