@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Annotated, Any, overload
 
 import msgspec
 import torch
@@ -21,6 +21,8 @@ IOU_UNIT = 2.0**-20
 SIZE_UNIT = 2.0**-10
 # Bins of one hundredth: the last one holds IoU 1.
 IOU_BINS = 101
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -51,23 +53,23 @@ class AlphaEstimate(Sequence[float]):
         num_crowded: images with more boxes than that cap.
     """
 
-    counts: tuple[int, ...]
-    moments: tuple[tuple[int, ...], ...]
+    counts: tuple[Count, ...]
+    moments: tuple[tuple[Count, ...], ...]
     level_names: tuple[str, ...]
     num_fused_levels: int
-    num_images: int
-    num_boxes: int
-    num_unmatched: int
-    num_sizes: int = 1
+    num_images: Count
+    num_boxes: Count
+    num_unmatched: Count
+    num_sizes: Count = 1
     clamp: tuple[float, float] | None = (0.2, 2.0)
-    iou_histogram: tuple[int, ...] | None = None
-    iou_sums: tuple[int, ...] = ()
-    size_sum: int = 0
+    iou_histogram: tuple[Count, ...] | None = None
+    iou_sums: tuple[Count, ...] = ()
+    size_sum: Count = 0
     strides: tuple[float, ...] = ()
-    anchors_per_cell: tuple[int, ...] = ()
-    left_out: dict[str, int] = field(default_factory=dict, hash=False)
-    detections_per_image: int | None = None
-    num_crowded: int = 0
+    anchors_per_cell: tuple[Count, ...] = ()
+    left_out: dict[str, Count] = field(default_factory=dict, hash=False)
+    detections_per_image: Count | None = None
+    num_crowded: Count = 0
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -235,20 +237,28 @@ class AlphaEstimate(Sequence[float]):
         """
         if not isinstance(data, dict):
             raise TypeError(f"a dict expected, found {type(data).__name__}")
+        missing = [f.name for f in fields(cls) if f.name not in data]
+        if missing:
+            raise ValueError(f"the dict of an AlphaEstimate lacks {missing[0]!r}")
         try:
             estimate = msgspec.convert(data, type=cls)
         except msgspec.ValidationError as error:
             raise ValueError(f"the dict of an AlphaEstimate: {error}") from None
         num_levels = len(estimate.counts)
-        sizes = {
-            "level_names": (len(estimate.level_names), num_levels),
-            "moments": (sum(len(row) for row in estimate.moments), num_levels**2),
-            "iou_sums": (len(estimate.iou_sums), num_levels),
-            "iou_histogram": (len(estimate.iou_histogram or range(IOU_BINS)), IOU_BINS),
+        lengths = {
+            "level_names": {len(estimate.level_names)},
+            "moments": {len(estimate.moments), *map(len, estimate.moments)},
+            "iou_sums": {len(estimate.iou_sums)},
+            "strides": {len(estimate.strides) or num_levels},
+            "anchors_per_cell": {len(estimate.anchors_per_cell) or num_levels},
         }
-        for name, (found, expected) in sizes.items():
-            if found != expected:
-                raise ValueError(f"{name}: {expected} entries expected, found {found}")
+        for name, found in lengths.items():
+            if found != {num_levels}:
+                raise ValueError(f"{name}: {num_levels} entries expected, found {sorted(found)}")
+        if estimate.iou_histogram is not None and len(estimate.iou_histogram) != IOU_BINS:
+            raise ValueError(
+                f"iou_histogram: {IOU_BINS} entries expected, found {len(estimate.iou_histogram)}"
+            )
         check_num_fused_levels(estimate.num_fused_levels, num_levels)
         check_clamp(estimate.clamp)
         return estimate
