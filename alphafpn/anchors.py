@@ -209,7 +209,6 @@ class DetectorView:
         self.detections_per_image: int | None = getattr(heads, "detections_per_img", None)
         self._backbone: nn.Module = backbone._modules.get("_orig_mod") or backbone
         self._clone: nn.Module = _copy(self._backbone, on_meta=True)
-        self._needs_data = False
         self._sizes: dict[int, list[tuple[str, int]]] = {}
         self._separable: bool | None = None
 
@@ -317,10 +316,7 @@ class DetectorView:
         try:
             maps = self._run_backbone(padded)
         except Exception:
-            if self._needs_data:
-                raise
             # Some code looks at values, which meta tensors lack.
-            self._needs_data = True
             self._clone = _copy(self._backbone, on_meta=False)
             maps = self._run_backbone(padded)
         if isinstance(maps, Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -49,3 +50,22 @@ def ratios(counts: Sequence[int], num_fused_levels: int) -> list[float]:
     k = num_fused_levels
     result = [counts[i + 1] / counts[i] for i in range(k - 2)]
     return [*result, sum(counts[k - 1 :]) / counts[k - 2]]
+
+
+def fcos_levels(sizes: Sequence[float], boxes: Tensor) -> list[int]:
+    """The level whose regression range holds the distance from a box's centre to its far sides.
+
+    As torchvision's FCOS matches an anchor point at the centre; the number of levels where no range
+    does.
+    """
+    result = []
+    for x1, y1, x2, y2 in boxes.tolist():
+        distance = max(x2 - x1, y2 - y1) / 2
+        level = len(sizes)
+        for i, size in reversed(list(enumerate(sizes))):
+            lower = 0 if i == 0 else 4 * size
+            upper = math.inf if i == len(sizes) - 1 else 8 * size
+            if lower < distance < upper:
+                level = i
+        result.append(level)
+    return result

@@ -263,7 +263,7 @@ def stock_view():
     return DetectorView(small_retinanet(levels=4))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=seeds,
     min_sizes=st.lists(st.integers(1, 1500), min_size=1, max_size=3),

@@ -317,9 +317,15 @@ def test_all_reduce_with_an_empty_shard(tmp_path):
     }
 
 
-def test_all_reduce_without_other_processes():
+def test_all_reduce_without_other_processes(tmp_path):
     estimate = estimate_of([[3, 2, 1]])
     assert estimate.all_reduce() == estimate
+    address = f"file://{tmp_path / 'store'}"
+    distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    try:
+        assert estimate.all_reduce() == estimate
+    finally:
+        distributed.destroy_process_group()
 
 
 # JSON

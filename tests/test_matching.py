@@ -338,20 +338,6 @@ def test_the_second_look_holds_few_pairs_at_once(monkeypatch):
     assert sum(pairs) > sum(len(anchors) for anchors in layout.anchors())
 
 
-def fcos_levels(sizes, boxes):
-    """torchvision's rule for anchor points, at the centre of each box."""
-    half = (boxes[:, 2:] - boxes[:, :2]).amax(1) / 2
-    result = []
-    for distance in half.tolist():
-        fits = []
-        for i, size in enumerate(sizes):
-            lower = 0 if i == 0 else 4 * size
-            upper = math.inf if i == len(sizes) - 1 else 8 * size
-            fits.append(lower < distance < upper)
-        result.append(fits.index(True) if any(fits) else len(sizes))
-    return result
-
-
 @settings(max_examples=50, deadline=None)
 @given(seed=seeds, sizes=st.lists(st.integers(1, 200), min_size=2, max_size=6, unique=True))
 @example(seed=0, sizes=[8, 16, 32, 64, 128])
@@ -363,7 +349,7 @@ def test_fcos_levels_are_those_of_its_ranges(seed, sizes):
     boxes = np.concatenate([low, low + np.exp(rng.uniform(0, 7, (200, 2)))], 1)
     boxes = torch.tensor(boxes, dtype=torch.float32)
     level, iou = RangeMatcher(sorted(sizes), CPU).match(boxes)
-    assert level.tolist() == fcos_levels(sorted(sizes), boxes)
+    assert level.tolist() == oracle.fcos_levels(sorted(sizes), boxes)
     assert not iou.any()
 
 
