@@ -26,7 +26,7 @@ from torch import Tensor
 
 # Boxes of one pass on a CPU: a dozen temporaries of this length stay in the cache, and an operation
 # on one still outweighs its dispatch. Elsewhere fewer, longer kernels are better.
-CPU_BLOCK = 1 << 16
+CPU_BLOCK = 1 << 17
 # Box-anchor pairs evaluated at once where pairs are evaluated, and boxes among them.
 PAIRS = 1 << 18
 SEARCH_ROWS = 64
