@@ -103,7 +103,7 @@ class LevelCounts:
     Attributes:
         per_image: boxes per image and level, int64 [M, L + 1]; last the boxes without any anchor.
         histogram: boxes per hundredth of best IoU, int64 [101].
-        iou_sums: per level, in `IOU_UNIT`, float64 [L].
+        iou_sums: likewise per level, in `IOU_UNIT`, float64 [L + 1].
         size_sum: in `SIZE_UNIT`, float64.
         num_sizes: input sizes that were added.
     """
@@ -144,7 +144,7 @@ class LevelCounts:
             num_sizes=self.num_sizes,
             clamp=clamp,
             iou_histogram=tuple(self.histogram.tolist()) if follows_iou else None,
-            iou_sums=tuple(int(s) for s in self.iou_sums.tolist()),
+            iou_sums=tuple(int(s) for s in self.iou_sums[:-1].tolist()),
             size_sum=int(self.size_sum),
             **description,
         )
@@ -170,7 +170,7 @@ def count_levels(
     counts = LevelCounts(
         torch.zeros(len(sizes), num_levels + 1, dtype=torch.int64, device=device),
         torch.zeros(IOU_BINS, dtype=torch.int64, device=device),
-        torch.zeros(num_levels, dtype=torch.float64, device=device),
+        torch.zeros(num_levels + 1, dtype=torch.float64, device=device),
         torch.zeros((), dtype=torch.float64, device=device),
     )
     layout = None if layout is None else layout.to(device)
@@ -194,7 +194,7 @@ def count_levels(
         bins = (iou * (IOU_BINS - 1) + 1e-4).long()
         counts.histogram += torch.bincount(bins, minlength=IOU_BINS)
         units = (iou / IOU_UNIT).round_().double()
-        counts.iou_sums += torch.bincount(level, units, minlength=num_levels + 1)[:num_levels]
+        counts.iou_sums.index_add_(0, level, units)
         sides = part[:, 2:] - part[:, :2]
         counts.size_sum += (sides.prod(1).sqrt_() / SIZE_UNIT).round_().double().sum()
     return counts
