@@ -134,9 +134,7 @@ def test_mistakes_on_the_command_line(arguments, message, capsys):
 
 
 def test_mobilenet_is_refused_with_its_levels(annotations, capsys):
-    error = fail(
-        capsys, "estimate", annotations, "--detector", "fasterrcnn_mobilenet_v3_large_fpn"
-    )
+    error = fail(capsys, "estimate", annotations, "--detector", "fasterrcnn_mobilenet_v3_large_fpn")
     assert "level 1" in error
     assert "level 0" in error
 
