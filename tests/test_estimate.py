@@ -205,10 +205,10 @@ def test_recall():
         [1, 0.9, 0.9, 0.7, 0.7, 0.4, 0.4]
     )
     # Every hundredth finds its own bin, however it is written.
+    even = estimate_of([[101, 0]], 2, iou_histogram=(1,) * 101)
     for hundredth in range(101):
-        expected = sum(histogram[hundredth:]) / 10
-        assert estimate.recall(hundredth / 100) == pytest.approx(expected)
-        assert estimate.recall(hundredth * 0.01) == pytest.approx(expected)
+        expected = (101 - hundredth) / 101
+        assert even.recall(hundredth / 100) == even.recall(hundredth * 0.01) == expected
     for iou in (-0.01, 1.01, math.nan):
         with pytest.raises(ValueError, match="iou: "):
             estimate.recall(iou)
