@@ -9,15 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from alphafpn.anchors import (
-    AnchorLayout,
-    DetectorView,
-    Size,
-    check_distinct,
-    describe,
-    largest,
-)
+from alphafpn.anchors import AnchorLayout, Size, check_distinct, describe, largest
 from alphafpn.datasets import Annotations, read_annotations
+from alphafpn.detector import DetectorView
 from alphafpn.estimate import AlphaEstimate, check_clamp
 from alphafpn.matching import GridMatcher, Matcher, RangeMatcher
 from alphafpn.statistics import LevelCounts, count_levels
