@@ -14,6 +14,13 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from alphafpn.pyramid import AttentionAlpha, LearnableAlpha
+from alphafpn.surgery import patch_detector
+
+# For the three edges of four levels.
+FACTORS = [0.367, 0.387, 0.368]
+# Of alpha: fixed, learnable, and computed from the image.
+KINDS = [list, LearnableAlpha, AttentionAlpha]
 CHANNELS = (3, 5, 6, 7)
 OUT = 4
 NORMS = {
@@ -43,6 +50,16 @@ def make_pyramid(norm="no norm", extra="no extra", levels=4, cls=FeaturePyramidN
             if not name.endswith("var"):
                 tensor.sub_(0.6)
     return fpn.eval()
+
+
+def make_patched(alpha, **kwargs):
+    """A patched pyramid whose gates, if any, answer to the image."""
+    fpn = patch_detector(make_pyramid(**kwargs), alpha)
+    with torch.no_grad():
+        for name, parameter in fpn.named_parameters():
+            if name.startswith("gates"):
+                parameter.add_(0.1)
+    return fpn
 
 
 def make_retinanet() -> detection.RetinaNet:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections import OrderedDict
 
 import pytest
@@ -14,26 +13,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from alphafpn.pyramid import AttentionAlpha, LearnableAlpha, alpha_parameters
 from alphafpn.surgery import fold_alpha, patch_detector, unpatch_detector
 from tests.pyramids import (
+    FACTORS,
+    KINDS,
     assert_equal_maps,
     make_features,
+    make_patched,
     make_pyramid,
     make_retinanet,
     relative_error,
 )
-
-FACTORS = [0.367, 0.387, 0.368]
-KINDS = [list, LearnableAlpha, AttentionAlpha]
-
-
-def make_patched(alpha, **kwargs):
-    """A patched pyramid whose gates, if any, answer to the image."""
-    fpn = patch_detector(make_pyramid(**kwargs), alpha)
-    with torch.no_grad():
-        for name, parameter in fpn.named_parameters():
-            if name.startswith("gates"):
-                parameter.add_(0.1)
-    return fpn
-
 
 # torch.compile
 
@@ -101,33 +89,6 @@ def test_exports(kind):
     # Exported modules of torch 2.6 know no OrderedDict.
     exported = torch.export.export(fpn, (dict(x),)).module()
     assert_equal_maps(exported(dict(x)), fpn(x))
-
-
-class Flat(nn.Module):
-    """A pyramid without names: ONNX inputs and outputs are lists."""
-
-    def __init__(self, fpn):
-        super().__init__()
-        self.fpn = fpn
-
-    def forward(self, *maps):
-        return tuple(self.fpn(OrderedDict((str(i), c) for i, c in enumerate(maps))).values())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_onnxruntime_agrees(kind, tmp_path):
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    model, maps = Flat(make_patched(kind(FACTORS), extra="pool")), tuple(make_features().values())
-    path = str(tmp_path / "pyramid.onnx")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(model, maps, path, dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [node.name for node in session.get_inputs()]
-    outputs = session.run(None, dict(zip(names, (c.numpy() for c in maps), strict=True)))
-    for p, expected in zip(outputs, model(*maps), strict=True):
-        torch.testing.assert_close(torch.from_numpy(p), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")

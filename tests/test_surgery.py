@@ -28,6 +28,8 @@ from alphafpn.pyramid import (
 from alphafpn.surgery import fold_alpha, patch_detector, unpatch_detector
 from tests.pyramids import (
     EXTRAS,
+    FACTORS,
+    KINDS,
     NORMS,
     OUT,
     assert_equal_maps,
@@ -36,8 +38,6 @@ from tests.pyramids import (
     relative_error,
 )
 
-FACTORS = [0.367, 0.387, 0.368]
-KINDS = [list, LearnableAlpha, AttentionAlpha]
 DETECTORS = [
     "fasterrcnn_mobilenet_v3_large_320_fpn",
     "fasterrcnn_mobilenet_v3_large_fpn",

@@ -9,17 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from alphafpn.pyramid import AttentionAlpha, LearnableAlpha
-from alphafpn.surgery import fold_alpha, patch_detector
+from alphafpn.surgery import fold_alpha
 from tests.detectors import BUILDERS, make_detector, make_faster_rcnn, make_fcos
-from tests.pyramids import make_features, make_pyramid
+from tests.pyramids import FACTORS, KINDS, make_features, make_patched
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
-
-FACTORS = [0.367, 0.387, 0.368]
-KINDS = [list, LearnableAlpha, AttentionAlpha]
 
 
 class Flat(nn.Module):
@@ -50,16 +46,12 @@ def export(model, args, path, dynamo):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("extra", ["pool", "p6p7 on c5"])
 @pytest.mark.parametrize("dynamo", [True, False])
-def test_pyramids_agree(tmp_path, dynamo, kind):
-    fpn = patch_detector(make_pyramid(extra="p6p7 on c5"), kind(FACTORS))
-    with torch.no_grad():
-        for name, parameter in fpn.named_parameters():
-            if name.startswith("gates"):
-                parameter.add_(0.1)
-    model, path = Flat(fpn), tmp_path / "pyramid.onnx"
-    export(model, tuple(make_features(images=1).values()), path, dynamo)
-    others = tuple(make_features(images=1, seed=1).values())
+def test_pyramids_agree(tmp_path, dynamo, extra, kind):
+    model, path = Flat(make_patched(kind(FACTORS), extra=extra)), tmp_path / "pyramid.onnx"
+    export(model, tuple(make_features().values()), path, dynamo)
+    others = tuple(make_features(seed=1).values())
     with torch.no_grad():
         for found, expected in zip(run(path, others), model(*others), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
