@@ -42,7 +42,11 @@ class Config:
     alpha: str = _option(
         "1", "factors: one number, one per edge (`.5,.4,.3`), s-alpha, one, three or attention"
     )
-    sigma: float = _option(1.0, "sigma of the sigma-power initialisation (Table 2); 1: none")
+    start: str = _option(
+        "",
+        "factors, as for --alpha, whose function the first weights compute; empty: its own. "
+        "`--alpha 1 --start S` is the S-power initialisation of Table 2",
+    )
     scale_match: str = _option("none", "Scale Match", choices=("none", "sm", "msm"))
     match_json: str = _option("", "annotations whose object sizes Scale Match aims at")
     init: str = _option("", "weights to start from, as `--keep-weights` leaves them")
@@ -58,8 +62,9 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """The configuration with contents in place of paths, so that it is the same anywhere."""
         values = dataclasses.asdict(self)
-        if self.alpha not in NAMED:
-            values["alpha"] = ",".join(f"{float(factor):g}" for factor in self.alpha.split(","))
+        for name in ("alpha", "start"):
+            if values[name] and values[name] not in NAMED:
+                values[name] = ",".join(f"{float(part):g}" for part in values[name].split(","))
         for name in _PATHS:
             path = values.pop(name)
             if name == "weights":
@@ -130,6 +135,8 @@ def check(config: Config, execution: Execution) -> None:
         )
     if config.batch % execution.devices:
         raise ValueError(f"--batch {config.batch} is no multiple of --devices {execution.devices}")
+    if config.start in ("one", "three", "attention"):
+        raise ValueError(f"--start {config.start}, expected numbers or s-alpha")
     if config.scale_match != "none" and not (config.match_json and config.crop):
         raise ValueError("--scale-match needs --match-json and --crop")
 

@@ -67,24 +67,33 @@ def make_detector(config: Config, num_classes: int) -> nn.Module:
         )
     if config.init:
         _load(detector, config.init)
-    if config.sigma != 1:
-        # Inner block i times sigma**i and layer block i by the same: the initialisation of Table 2.
-        fold_alpha(patch_detector(detector, config.sigma))
     return patch_detector(detector, 1.0)
 
 
-def make_alpha(config: Config, detector: nn.Module, split: Split) -> tuple[Any, dict[str, Any]]:
-    """What `--alpha` asks for, and where it comes from, for the record."""
-    if config.alpha == "one":
-        return LearnableAlpha(1.0, shared=True), {}
-    if config.alpha == "three":
-        return LearnableAlpha(1.0), {}
-    if config.alpha == "attention":
-        return AttentionAlpha(1.0), {}
-    if config.alpha == "s-alpha":
-        return _estimated(config, detector, split)
-    values = [float(value) for value in config.alpha.split(",")]
-    return values if len(values) > 1 else values[0], {}
+def set_alpha(config: Config, detector: nn.Module, split: Split) -> dict[str, Any]:
+    """Give the detector the factors of a configuration; returns where they come from."""
+    learned = {
+        "one": LearnableAlpha(1.0, shared=True),
+        "three": LearnableAlpha(1.0),
+        "attention": AttentionAlpha(1.0),
+    }
+    source: dict[str, Any] = {}
+
+    def values(text: str) -> torch.Tensor:
+        if text in learned:
+            return torch.ones(3)
+        if text == "s-alpha":
+            estimate, record = _estimated(config, detector, split)
+            source.update(record)
+            return torch.tensor(estimate)
+        return torch.tensor([float(part) for part in text.split(",")]).expand(3)
+
+    first = values(config.alpha)
+    if config.start:
+        # The quotient takes the weights from the function of `alpha` to that of `start`.
+        fold_alpha(patch_detector(detector, values(config.start) / first))
+    patch_detector(detector, learned.get(config.alpha, first))
+    return source
 
 
 def _estimated(config: Config, detector: nn.Module, split: Split) -> tuple[Any, dict[str, Any]]:

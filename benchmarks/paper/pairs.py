@@ -11,7 +11,7 @@ import numpy as np
 from scipy import optimize, stats  # type: ignore[import-untyped]
 
 LEVEL, POWER = 0.95, 0.8
-_CHANGED = ("alpha", "sigma", "seed")
+_CHANGED = ("alpha", "start", "seed")
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,20 @@ class Variant:
 
     Attributes:
         alpha: as configured.
-        sigma: of the sigma-power initialisation.
+        start: factors whose function the first weights compute; empty: its own.
         runs: records by seed, without those that diverged.
         diverged: how many did.
     """
 
     alpha: str
-    sigma: float
+    start: str
     runs: Mapping[int, dict[str, Any]]
     diverged: int
 
     @property
     def is_baseline(self) -> bool:
         """Whether it is the plain pyramid."""
-        return (self.alpha, self.sigma) == ("1", 1.0)
+        return (self.alpha, self.start) == ("1", "")
 
     @property
     def name(self) -> str:
@@ -86,7 +86,7 @@ class Variant:
             "attention": "atten-alpha",
         }
         name = known.get(self.alpha, self.alpha)
-        return name if self.sigma == 1 else f"{name}, sigma-power {self.sigma:g}"
+        return f"{name}, starting as {known.get(self.start, self.start)}" if self.start else name
 
     @property
     def factors(self) -> list[float]:
@@ -98,7 +98,7 @@ class Variant:
     def constant(self) -> float | None:
         """The number that all edges have, where it was given as one."""
         try:
-            return float(self.alpha) if self.sigma == 1 else None
+            return None if self.start else float(self.alpha)
         except ValueError:
             return None
 
@@ -137,15 +137,15 @@ def settings(records: Sequence[dict[str, Any]]) -> list[Setting]:
         found.setdefault(repr(sorted(common.items())), []).append(record)
     result = []
     for runs in found.values():
-        groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for run in runs:
             config = run["config"]
-            groups.setdefault((config["alpha"], config["sigma"]), []).append(run)
+            groups.setdefault((config["alpha"], config["start"]), []).append(run)
         variants = []
-        for (alpha, sigma), group in groups.items():
+        for (alpha, start), group in groups.items():
             good = {run["config"]["seed"]: run for run in group if run["diverged_at"] is None}
             variants.append(
-                Variant(alpha, sigma, dict(sorted(good.items())), len(group) - len(good))
+                Variant(alpha, start, dict(sorted(good.items())), len(group) - len(good))
             )
         variants.sort(key=_order)
         common = {k: v for k, v in runs[0]["config"].items() if k not in _CHANGED}

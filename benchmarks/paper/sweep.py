@@ -7,6 +7,8 @@ Experiments (any number of them; what they share runs once):
     fig1    constants (`--grid`) between baseline and S-alpha
     table1  baseline, one-, three-, atten- and S-alpha; bf-alpha is the best constant of `--grid`
     table2  sigma-power initialisation with factors of 1, against factors
+    start   what the factors do to the first function, apart from what they do to gradients:
+            factors of 1 and S-alpha, each starting as itself and as the other
     table34 both detectors, from `--inits` (weights pre-trained with and without Scale Match, see
             `train --scale-match --keep-weights`) and without
     table5  `--backbones`
@@ -54,7 +56,14 @@ def variants(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     if name == "table1":
         return [*constants, *({"alpha": alpha} for alpha in LEARNED)]
     if name == "table2":
-        return [*({"alpha": alpha} for alpha in PAIR), {"alpha": "1", "sigma": options.sigma_power}]
+        return [*({"alpha": alpha} for alpha in PAIR), {"alpha": "1", "start": options.sigma_power}]
+    if name == "start":
+        return [
+            {"alpha": alpha, "start": start}
+            for start in ("", *PAIR)
+            for alpha in PAIR
+            if start != alpha
+        ]
     if name == "table34":
         return [
             {"detector": detector, "init": init, "alpha": alpha}
@@ -151,14 +160,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ("pilot", "fig1", "table1", "table2", "table34", "table5")
+    names = ("pilot", "fig1", "table1", "table2", "start", "table34", "table5")
     parser.add_argument("experiments", nargs="+", choices=names)
     parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a process each")
     parser.add_argument("--budget-minutes", type=float, default=float("inf"))
     parser.add_argument("--grid", nargs="*", default=["0.2", "0.35", "0.5", "0.75"])
     parser.add_argument("--lrs", nargs="*", type=float, default=[0.005, 0.01, 0.02])
-    parser.add_argument("--sigma-power", type=float, default=0.5)
+    parser.add_argument("--sigma-power", default="0.5")
     parser.add_argument("--inits", nargs="*", default=[], metavar="FILE")
     parser.add_argument("--backbones", nargs="*", default=list(BACKBONES[:2]), metavar="NAME=FILE")
     add_options(parser, Config)

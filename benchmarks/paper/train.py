@@ -24,13 +24,12 @@ import lightning as L  # noqa: N812
 import torch
 import torchvision
 
-from alphafpn import patch_detector
 from alphafpn.tiny import MonotoneScaleMatch, ScaleMatch, box_sizes
 from benchmarks.paper import results
 from benchmarks.paper.callbacks import Checkpoints, Progress
 from benchmarks.paper.config import Config, Execution, add_options, check, from_options
 from benchmarks.paper.data import Batches, Split
-from benchmarks.paper.models import make_alpha, make_detector
+from benchmarks.paper.models import make_detector, set_alpha
 from benchmarks.paper.training import Experiment
 
 
@@ -110,8 +109,7 @@ def prepare(config: Config, execution: Execution) -> tuple[Experiment, dict[str,
     """What to run, ready to run, and where its factors come from."""
     train, val = splits(config, execution)
     detector = make_detector(config, num_classes=1 + len(train.categories))
-    alpha, source = make_alpha(config, detector, train)
-    patch_detector(detector, alpha)
+    source = set_alpha(config, detector, train)
     if config.precision == "bf16-mixed":
         detector.to(memory_format=torch.channels_last)
     resize = None

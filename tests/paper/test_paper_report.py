@@ -17,7 +17,7 @@ FIGURES = ("AP50_tiny", "AP25_tiny", "AP75_tiny", "AP50_tiny1", "AP50_tiny2", "A
 
 def record(alpha, seed, ap, **changes):
     config = {
-        "alpha": alpha, "sigma": 1.0, "seed": seed, "detector": "retinanet", "backbone": "b",
+        "alpha": alpha, "start": "", "seed": seed, "detector": "retinanet", "backbone": "b",
         "size": [64, 96], "crop": 0, "tile": None, "steps": 5, "batch": 2, "channels": 8,
         "scale_match": "none", "init": "", "optimizer": "sgd", "lr": 0.01, "warmup": 1, "clip": 0.0,
         "precision": "32-true", **changes,

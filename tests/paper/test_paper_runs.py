@@ -83,6 +83,24 @@ def test_seeds_decide_weights_and_batches_and_factors_do_not(data, tmp_path):
     assert not torch.equal(batch[0], another[0])
 
 
+def test_the_first_function_is_that_of_the_start(data, tmp_path):
+    """Whatever the factors are: they then only decide how weights learn."""
+
+    def first(**changes):
+        config, execution = parsed(options(data, tmp_path, **changes))
+        detector = prepare(config, execution)[0].detector.double().eval()
+        image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+        return detector.backbone.fpn.alpha, detector.backbone(image.double())
+
+    for start in (".3,.5,.7", "s-alpha"):
+        factors, features = first(alpha=".2,1,2", start=start)
+        _, expected = first(alpha=start)
+        torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-6)
+        assert factors.tolist() == pytest.approx([0.2, 1, 2])
+    with pytest.raises(ValueError, match="--start one"):
+        here(data, tmp_path, start="one")
+
+
 def test_finished_runs_are_not_repeated(data, tmp_path):
     first = here(data, tmp_path, steps=2, alpha="0.5")
     assert here(data, tmp_path, steps=2, alpha=".50") == first
