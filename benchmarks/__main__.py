@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 
-from benchmarks.page import render
+from benchmarks.page import HERE, render
 
 if __name__ == "__main__":
-    here = Path(__file__).parent
-    code = pytest.main([str(here), "-q", "--benchmark-disable-gc", *sys.argv[1:]])
-    render(here / "results.json", here.parent / "docs")
+    code = pytest.main([str(HERE), "-q", "--benchmark-disable-gc", *sys.argv[1:]])
+    render()
     sys.exit(code)
