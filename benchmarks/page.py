@@ -250,21 +250,17 @@ def _plot_scaling(entries: list[Entry], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    curves = defaultdict(list)
-    for e in _of(entries, "boxes/"):
-        curves[_short(e)].append((e["boxes"], e["median_s"]))
-    for name, points in sorted(curves.items()):
-        left.loglog(*zip(*sorted(points), strict=True), "o-", label=name)
-    left.set(xlabel="boxes", ylabel="seconds", title="217,413 anchors")
-    left.legend(fontsize=8)
-    curves.clear()
-    for e in _of(entries, "anchors/"):
-        curves[_short(e)].append((e["anchors"], e["median_s"]))
-    for name, points in sorted(curves.items()):
-        right.semilogx(*zip(*sorted(points), strict=True), "o-", label=name)
-    right.set(xlabel="anchors", ylabel="seconds", title="860,000 boxes")
+    for axes, draw, quantity in ((left, left.loglog, "boxes"), (right, right.semilogx, "anchors")):
+        curves = defaultdict(list)
+        for e in _of(entries, f"{quantity}/"):
+            curves[_short(e)].append((e[quantity], e["median_s"]))
+        for name, points in sorted(curves.items()):
+            draw(*zip(*sorted(points), strict=True), "o-", label=name)
+        axes.set(xlabel=quantity, ylabel="seconds")
+        axes.legend(fontsize=8)
+    left.set_title("217,413 anchors")
+    right.set_title("860,000 boxes")
     right.set_ylim(bottom=0)
-    right.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
