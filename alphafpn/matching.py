@@ -24,9 +24,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-# Boxes of one pass on a CPU: a dozen temporaries of this length stay in the cache, and an operation
-# on one still outweighs its dispatch. Elsewhere fewer, longer kernels are better.
+# Boxes of one pass on a CPU, for each thread: a dozen temporaries of this length stay in the cache,
+# and an operation on one still outweighs its dispatch. Elsewhere fewer, longer kernels are better.
 CPU_BLOCK = 1 << 17
+MAX_THREADS = 8
 # Box-anchor pairs evaluated at once where pairs are evaluated, and boxes among them.
 PAIRS = 1 << 18
 SEARCH_ROWS = 64
@@ -138,7 +139,9 @@ class GridMatcher:
         """See `Matcher.match`."""
         if layout is None:
             layout = torch.zeros((), dtype=torch.int64, device=self.device).expand(len(boxes))
-        size = CPU_BLOCK if self.device.type == "cpu" else len(boxes)
+        size = len(boxes)
+        if self.device.type == "cpu":
+            size = CPU_BLOCK * min(torch.get_num_threads(), MAX_THREADS)
         space = _Workspace(min(size, len(boxes)), self.dtype, self.device)
         level = torch.empty(len(boxes), dtype=torch.int64, device=self.device)
         value = torch.empty(len(boxes), dtype=self.dtype, device=self.device)

@@ -182,10 +182,8 @@ def count_levels(
         first, last = _images_of(ends, start, stop)
         bounds = ends[first : last + 1].clamp(max=stop)
         lengths = bounds.diff(prepend=torch.tensor([start], device="cpu")).to(device)
-        image = torch.arange(last + 1 - first, device=device).repeat_interleave(
-            lengths, output_size=len(part)
-        )
-        where = None if layout is None else layout[first : last + 1][image]
+        image = torch.repeat_interleave(lengths, output_size=len(part))
+        where = None if layout is None else layout[first : last + 1].index_select(0, image)
         level, iou = matcher.match(part, where)
         rows = counts.per_image[first : last + 1]
         key = image.mul_(num_levels + 1).add_(level)
