@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -213,26 +213,12 @@ def _train(
 ) -> tuple[nn.Module, float]:
     torch.manual_seed(seed)
     model = _detector(settings, alpha)
-    rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.steps + 1, pct_start=0.1
     )
     losses = []
-    order: list[int] = []
-    for _ in range(settings.steps):
-        while len(order) < settings.batch:
-            order += rng.permutation(len(scenes)).tolist()
-        batch, order = order[: settings.batch], order[settings.batch :]
-        images, targets = [], []
-        for index in batch:
-            image, boxes = scenes[index]
-            if rng.random() < 0.5:
-                image = image.flip(-1)
-                x1, y1, x2, y2 = boxes.T
-                boxes = torch.stack([image.shape[-1] - x2, y1, image.shape[-1] - x1, y2], 1)
-            images.append(image)
-            targets.append({"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.int64)})
+    for images, targets in itertools.islice(_batches(scenes, seed, settings.batch), settings.steps):
         loss = sum(model(images, targets).values())
         optimizer.zero_grad()
         loss.backward()
@@ -242,6 +228,28 @@ def _train(
         losses.append(loss.item())
         step_done()
     return model.eval(), float(np.mean(losses[-10:]))
+
+
+def _batches(
+    scenes: list[Tensors], seed: int, size: int
+) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
+    """Images and targets without end, mirrored at random; the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    order: list[int] = []
+    while True:
+        while len(order) < size:
+            order += rng.permutation(len(scenes)).tolist()
+        batch, order = order[:size], order[size:]
+        images, targets = [], []
+        for index in batch:
+            image, boxes = scenes[index]
+            if rng.random() < 0.5:
+                image = image.flip(-1)
+                x1, y1, x2, y2 = boxes.T
+                boxes = torch.stack([image.shape[-1] - x2, y1, image.shape[-1] - x1, y2], 1)
+            images.append(image)
+            targets.append({"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.int64)})
+        yield images, targets
 
 
 @torch.no_grad()
