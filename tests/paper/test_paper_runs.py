@@ -92,9 +92,9 @@ def test_the_first_function_is_that_of_the_start(data, tmp_path):
         image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
         return detector.backbone.fpn.alpha, detector.backbone(image.double())
 
-    for start in (".3,.5,.7", "s-alpha"):
-        factors, features = first(alpha=".2,1,2", start=start)
-        _, expected = first(alpha=start)
+    for other in (".3,.5,.7", "s-alpha"):
+        factors, features = first(alpha=".2,1,2", start=other)
+        _, expected = first(alpha=other)
         torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-6)
         assert factors.tolist() == pytest.approx([0.2, 1, 2])
     with pytest.raises(ValueError, match="--start one"):
