@@ -35,7 +35,7 @@ class AnchorLayout:
         TypeError: if a part has the wrong type.
         ValueError: if the parts do not fit together; the message names the level.
 
-    Example:
+    Examples:
         >>> import torch
         >>> cell = torch.tensor([[-8.0, -8.0, 8.0, 8.0]])
         >>> layout = AnchorLayout([cell, 2 * cell], [8, 16], [(4, 6), (2, 3)], 2)

@@ -118,7 +118,7 @@ class AlphaFeaturePyramidNetwork(FeaturePyramidNetwork):  # type: ignore[misc]
         TypeError: If `alpha` is none of these.
         ValueError: If its values are not K-1, or not finite in the weights' dtype.
 
-    Example:
+    Examples:
         >>> AlphaFeaturePyramidNetwork([8, 16, 32], 4, alpha=[0.5, 0.25]).alpha
         tensor([0.5000, 0.2500])
     """

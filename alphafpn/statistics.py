@@ -57,7 +57,7 @@ def estimate_alpha(
         ValueError: if a box or an anchor is not finite or inverted, if anchors and boxes are for
             different numbers of images, or if two levels cannot be told apart.
 
-    Example:
+    Examples:
         >>> import torch
         >>> cell = torch.tensor([[-8.0, -8.0, 8.0, 8.0]])
         >>> layout = AnchorLayout([cell, 2 * cell], [8, 16], [(8, 8), (4, 4)], 2)

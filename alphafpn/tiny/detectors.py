@@ -99,7 +99,7 @@ def tiny_retinanet(
         ValueError: If a ResNet or weights of that name do not exist; if feature maps, anchors and
             `alpha` do not fit together.
 
-    Example:
+    Examples:
         >>> model = tiny_retinanet("resnet18", weights_backbone=None, alpha=[0.4, 0.4, 0.4])
         >>> [len(cells) for cells in model.anchor_generator.cell_anchors]
         [9, 9, 9, 9, 9]
