@@ -55,14 +55,19 @@ class Plan:
         pretraining: Scenes of each of the three sets, the detector, and how it is trained first.
         steps: Of fine-tuning.
         ramp: Of them, those before the factors are at their target.
-        rates: Learning rate for each optimizer, constant. AdamW's is a tenth of what the detector
-            was trained with; SGD's a tenth of what diverges even where the factors stay at 1.
+        rates: Optimizers with their learning rates, which are constant. AdamW's is a tenth of what
+            the detector was trained with; SGD's are a tenth and a third of what diverges even where
+            the factors stay at 1.
     """
 
     pretraining: Settings = _PRETRAINING
     steps: int = 200
     ramp: int = 100
-    rates: tuple[tuple[str, float], ...] = (("SGD", 3e-3), ("AdamW", 2e-4))
+    rates: tuple[tuple[str, float], ...] = (
+        ("SGD", 3e-3),
+        ("SGD", 1e-2),
+        ("AdamW", 2e-4),
+    )
 
     def runs(self, seed: int) -> Iterator[dict[str, Any]]:
         """The configurations of a seed."""
@@ -204,7 +209,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         config = record["config"]
         group = groups.setdefault((config["optimizer"], config["rate"]), {})
         group.setdefault((config["target"], config["way"]), []).append(record)
-    return "\n\n".join(_section(*name, group) for name, group in groups.items())
+    return "\n\n".join(_section(*name, group) for name, group in sorted(groups.items()))
 
 
 def _section(
