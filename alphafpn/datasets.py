@@ -47,6 +47,7 @@ class Annotations:
         boxes: `xyxy`, float32 `[G, 4]`, clipped to their images; grouped by image in the order of
             the images, and within an image in the order they were given.
         counts: Boxes of each image, int64 `[M]`; zero for an image without any.
+        num_clipped: How many of the boxes reached beyond their image by more than a pixel.
         left_out: How many boxes were left out, by reason. A box with several reasons counts under
             the first of "other categories", "crowd", "ignore", "zero size", "outside the image".
     """
@@ -54,6 +55,7 @@ class Annotations:
     sizes: npt.NDArray[np.int64]
     boxes: npt.NDArray[np.float32]
     counts: npt.NDArray[np.int64]
+    num_clipped: int
     left_out: dict[str, int]
 
 
@@ -314,6 +316,8 @@ def _items(dataset: object) -> Iterator[object]:
     raise TypeError(
         "dataset: expected a path to a COCO-format JSON, an iterable of ((height, width), boxes) or"
         f" a torchvision-style dataset, found {_describe(dataset)}"
+        + "; give its `.dataset`"
+        * isinstance(dataset, DataLoader)
     )
 
 
@@ -433,15 +437,18 @@ def _clip(
 ) -> Annotations:
     """Clip `xyxy` boxes to their images, in place, and drop those with a reason or without area."""
     reasons[(reasons == 0) & ~_has_area(boxes)] = _ZERO
-    limits = np.tile(sizes[:, ::-1], 2).astype(np.float32)
-    np.clip(boxes, 0, np.repeat(limits, counts, axis=0), out=boxes)
+    limits = np.repeat(np.tile(sizes[:, ::-1], 2).astype(np.float32), counts, axis=0)
+    # Beyond what rounding in a labelling tool explains.
+    beyond = (boxes < -1).any(axis=1) | (boxes > limits + 1).any(axis=1)
+    np.clip(boxes, 0, limits, out=boxes)
     reasons[(reasons == 0) & ~_has_area(boxes)] = _OUTSIDE
     keep = reasons == 0
     image = np.repeat(np.arange(len(sizes)), counts)
     totals = np.bincount(reasons, minlength=len(_REASONS)).tolist()
     left_out = {r: n for r, n in zip(_REASONS, totals, strict=True) if r and n}
     counts = np.bincount(image[keep], minlength=len(sizes))
-    return Annotations(sizes, boxes.compress(keep, axis=0), counts, left_out)
+    num_clipped = int((beyond & keep).sum())
+    return Annotations(sizes, boxes.compress(keep, axis=0), counts, num_clipped, left_out)
 
 
 def _has_area(boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:

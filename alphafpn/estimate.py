@@ -25,7 +25,7 @@ IOU_BINS = 101
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AlphaEstimate(Sequence[float]):
     """Fusion factors of a data set (S-alpha), with the counts they come from.
 
@@ -49,6 +49,7 @@ class AlphaEstimate(Sequence[float]):
         strides: per level, in pixels, the largest over images; empty for irregular anchors.
         anchors_per_cell: per level; empty for irregular anchors, or where images differ.
         left_out: boxes of the data set that were not counted, by reason.
+        num_clipped: boxes that reached beyond their image by more than a pixel, and were clipped.
         detections_per_image: the detector's cap, where known.
         num_crowded: images with more boxes than that cap.
     """
@@ -68,6 +69,7 @@ class AlphaEstimate(Sequence[float]):
     strides: tuple[float, ...] = ()
     anchors_per_cell: tuple[Count, ...] = ()
     left_out: dict[str, Count] = field(default_factory=dict, hash=False)
+    num_clipped: Count = 0
     detections_per_image: Count | None = None
     num_crowded: Count = 0
 
@@ -97,6 +99,15 @@ class AlphaEstimate(Sequence[float]):
             return self.ratios
         low, high = self.clamp
         return tuple(1.0 if math.isnan(r) else min(max(r, low), high) for r in self.ratios)
+
+    def __repr__(self) -> str:
+        """Short; `summary` has the rest."""
+        name, values = ("ratios", self.ratios) if self.clamp is None else ("alpha", self.alpha)
+        factors = ", ".join(f"{value:.4g}" for value in values)
+        return (
+            f"AlphaEstimate({name}=({factors}), counts={self.counts}, "
+            f"num_images={self.num_images}, num_boxes={self.num_boxes})"
+        )
 
     def __len__(self) -> int:
         return self.num_fused_levels - 1
@@ -192,7 +203,7 @@ class AlphaEstimate(Sequence[float]):
         }
         for name in (
             "counts", "moments", "iou_histogram", "iou_sums", "num_images", "num_boxes",
-            "num_unmatched", "size_sum", "num_crowded",
+            "num_unmatched", "size_sum", "num_clipped", "num_crowded",
         ):  # fmt: skip
             merged[name] = _add(getattr(self, name), getattr(other, name))
         rest: dict[str, Any] = {

@@ -81,6 +81,7 @@ def estimate_alpha_for(
         follows_iou=not view.is_fcos,
         **describe(every, len(every[0].cell_anchors)),
         left_out=dict(annotations.left_out),
+        num_clipped=annotations.num_clipped,
         detections_per_image=limit,
         num_crowded=0 if limit is None else int((annotations.counts > limit).sum()),
     )

@@ -15,6 +15,8 @@ LARGEST_TINY = 20.0
 # Detectors match anchors to objects from about this IoU; fewer boxes reaching it is a bad fit.
 USUAL_MATCH = 0.4
 GOOD_RECALL = 0.5
+# Objects are often labelled beyond the border; more than this share of them hardly ever.
+USUAL_BEYOND = 0.1
 
 
 def summary(estimate: AlphaEstimate) -> str:
@@ -34,6 +36,21 @@ def warnings(estimate: AlphaEstimate) -> list[str]:
     found = []
     if estimate.num_boxes == 0:
         return ["no boxes were counted: all factors are 1"]
+    outside = estimate.left_out.get("outside the image", 0)
+    beyond = (estimate.num_clipped + outside) / (estimate.num_boxes + outside)
+    if beyond > USUAL_BEYOND:
+        found.append(
+            f"{beyond:.0%} of the boxes reach beyond their image: in a COCO file they are [x, y, "
+            "width, height], elsewhere [x1, y1, x2, y2]; or are height and width swapped?"
+        )
+    if estimate.mean_size < 1:
+        found.append("the mean object is smaller than a pixel: boxes are expected in pixels")
+    fused = zip(estimate.level_names, estimate.counts[: estimate.num_fused_levels], strict=False)
+    if empty := [name for name, count in fused if count == 0]:
+        found.append(
+            f"no objects on {', '.join(empty)}: the factors beside are the clamp's or 1, not the "
+            "data's. Anchors that fit the boxes come first"
+        )
     if estimate.clamp is not None:
         for i, (alpha, ratio) in enumerate(zip(estimate.alpha, estimate.ratios, strict=True)):
             if _is_clamped(alpha, ratio):
@@ -92,13 +109,14 @@ def _factor_rows(estimate: AlphaEstimate) -> list[tuple[str, ...]]:
         zip(_factors(estimate), estimate.ratios, estimate.confidence_interval(), strict=True)
     ):
         clamped = "clamped" if _is_clamped(factor, ratio) else ""
+        undefined = math.isnan(ratio)
         rows.append(
             (
                 _edge(estimate, i),
                 f"{factor:.3f}",
-                f"{ratio:.3f}",
-                f"{low:.3f} - {high:.3f}",
-                clamped,
+                "-" if undefined else f"{ratio:.3f}",
+                "-" if undefined else f"{low:.3f} - {high:.3f}",
+                "no objects" if undefined else clamped,
             )
         )
     return rows

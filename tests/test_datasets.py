@@ -66,6 +66,7 @@ def assert_same(found: Annotations, expected: Annotations) -> None:
     assert np.array_equal(found.sizes, expected.sizes)
     assert np.array_equal(found.boxes, expected.boxes)
     assert np.array_equal(found.counts, expected.counts)
+    assert found.num_clipped == expected.num_clipped
     assert found.left_out == expected.left_out
 
 
@@ -147,6 +148,7 @@ class TestCocoFile:
             "outside the image": 2,
         }
         assert found.boxes.tolist() == [[10, 20, 40, 60], [0, 0, 5, 5]]
+        assert found.num_clipped == 1
         assert found.counts.tolist() == [2, 0]
 
     def test_order_is_of_images_then_of_annotations(self, tmp_path: Path) -> None:
@@ -263,6 +265,7 @@ EXPECTED = Annotations(
     sizes=np.array([[48, 64], [30, 20], [25, 25]]),
     boxes=np.array([[1.5, 2, 10.5, 20.25], [60, 40, 64, 48], [0, 0, 25, 25]], np.float32),
     counts=np.array([2, 0, 1]),
+    num_clipped=1,
     left_out={"zero size": 1, "outside the image": 1},
 )
 LABELS = [[1, 2], [], [2, 2, 2]]
@@ -612,7 +615,7 @@ class TestBadItems:
         (b"annotations.json", "bytes"),
         (torch.zeros(2, 4), r"Tensor of shape \(2, 4\)"),
         (np.zeros((2, 4)), r"ndarray of shape \(2, 4\)"),
-        (DataLoader(Detection([])), "DataLoader"),
+        (DataLoader(Detection([])), r"DataLoader; give its `\.dataset`"),
         (Detection, "type"),
     ],
 )

@@ -245,6 +245,7 @@ def test_merging_adds_what_adds_and_keeps_the_rest():
         left_out={"crowd": 2, "ignore": 1},
         strides=(4.0, 8.0, 15.0),
         anchors_per_cell=(3, 3, 3),
+        num_clipped=3,
         num_crowded=1,
         detections_per_image=100,
         size_sum=7,
@@ -255,7 +256,7 @@ def test_merging_adds_what_adds_and_keeps_the_rest():
     assert merged.strides == (4.0, 8.0, 16.0)
     assert merged.anchors_per_cell == (3, 3, 3)
     assert (merged.num_crowded, merged.size_sum, merged.detections_per_image) == (2, 14, 100)
-    assert (merged.num_images, merged.num_boxes) == (2, 12)
+    assert (merged.num_images, merged.num_boxes, merged.num_clipped) == (2, 12, 6)
     other_cells = dataclasses.replace(first, anchors_per_cell=(9, 9, 9))
     assert first.merge(other_cells).anchors_per_cell == ()
     assert first.merge(dataclasses.replace(first, strides=())).strides == ()
@@ -406,4 +407,9 @@ def test_summary_and_repr_of_an_estimate():
     estimate = estimate_alpha(layout, images)
     assert "P2" in estimate.summary()
     assert isinstance(layout, AnchorLayout)
-    assert "counts=(" in repr(estimate)
+    assert repr(estimate) == (
+        f"AlphaEstimate(alpha=({', '.join(f'{v:.4g}' for v in estimate)}), "
+        f"counts={estimate.counts}, num_images={estimate.num_images}, "
+        f"num_boxes={estimate.num_boxes})"
+    )
+    assert repr(estimate_of([[0, 3, 1]], clamp=None)).startswith("AlphaEstimate(ratios=(inf")
