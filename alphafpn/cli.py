@@ -121,6 +121,8 @@ def _estimate(options: argparse.Namespace) -> None:
     from alphafpn.pipeline import estimate_alpha_for
     from alphafpn.report import warnings
 
+    if options.plot is not None:
+        _check_picture(options.plot)
     model = _detector(options)
     estimate = estimate_alpha_for(
         model,
@@ -184,6 +186,19 @@ def _set_anchors(
         tuple(sizes) if sizes is not None else old.sizes,
         (tuple(ratios),) * len(old.sizes) if ratios is not None else old.aspect_ratios,
     )
+
+
+def _check_picture(path: Path) -> None:
+    """Finds out before the counting whether the picture can be written."""
+    from alphafpn.plotting import new_axes
+
+    kinds = new_axes().figure.canvas.get_supported_filetypes()
+    if (path.suffix or ".png")[1:] not in kinds:
+        raise ValueError(
+            f"--plot {path}: expected a file name that ends in one of {', '.join(sorted(kinds))}"
+        )
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot {path}: expected its folder to exist, found none")
 
 
 def _save_plot(estimate: AlphaEstimate, path: Path) -> None:

@@ -29,7 +29,7 @@ def new_axes() -> Axes:
 
 
 def plot_estimate(estimate: AlphaEstimate, axes: Axes | None = None) -> Axes:
-    """Objects per level as bars, and above each edge its factor."""
+    """Objects per level as bars, and above each edge its factor and where it comes from."""
     axes = new_axes() if axes is None else axes
     positions = range(len(estimate.counts))
     bars = axes.bar(positions, estimate.counts, color="#4c78a8", width=0.6)
@@ -38,16 +38,20 @@ def plot_estimate(estimate: AlphaEstimate, axes: Axes | None = None) -> Axes:
     axes.set_ylabel("objects")
     axes.set_xlabel("pyramid level")
     top = max(1, *estimate.counts)
-    axes.set_ylim(0, top * 1.35)
+    axes.set_ylim(0, top * 1.4)
+    axes.set_title(f"{estimate.num_boxes:,} boxes on {estimate.num_images:,} images", fontsize=10)
     factors = estimate.ratios if estimate.clamp is None else estimate.alpha
-    for i, factor in enumerate(factors):
+    for i, (factor, ratio) in enumerate(zip(factors, estimate.ratios, strict=True)):
+        source = "no objects" if ratio != ratio else "clamped" if factor != ratio else ""
         axes.annotate(
             "",
             xy=(i + 0.15, top * 1.13),
             xytext=(i + 0.85, top * 1.13),
             arrowprops={"arrowstyle": "->", "color": "#e45756"},
         )
-        axes.text(i + 0.5, top * 1.17, f"$\\alpha$ = {factor:.2f}", ha="center", color="#e45756")
+        label = f"$\\alpha$ = {factor:.2f}"
+        axes.text(i + 0.5, top * 1.17, label, ha="center", color="#e45756")
+        axes.text(i + 0.5, top * 1.07, source, ha="center", va="center", fontsize=8)
     return axes
 
 

@@ -100,8 +100,10 @@ def test_plot_is_a_picture(annotations, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert str(picture) in capsys.readouterr().err
     before = sorted(tmp_path.iterdir())
-    fail(capsys, "estimate", annotations, *RETINANET, "--plot", tmp_path / "counts.nonsense")
-    fail(capsys, "estimate", annotations, *RETINANET, "--plot", tmp_path / "nowhere" / "a.png")
+    for name in ("counts.nonsense", "nowhere/a.png"):
+        # Before any work: the annotations do not even exist.
+        picture = tmp_path / name
+        assert str(picture) in fail(capsys, "estimate", "none.json", *RETINANET, "--plot", picture)
     assert sorted(tmp_path.iterdir()) == before
 
 
