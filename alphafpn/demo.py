@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -178,7 +178,7 @@ def run_demo(
         "note": NOTE,
         "seconds": round(time.monotonic() - start, 1),
     }
-    write(out / "demo.png", _picture(val, found, estimate, per_seed))
+    write(out / "demo.png", _picture(val, found, estimate, settings.seeds, per_seed))
     write(out / "outcome.json", json.dumps(outcome, allow_nan=False, indent=2).encode())
     return outcome
 
@@ -309,6 +309,7 @@ def _picture(
     scenes: list[Tensors],
     found: dict[str, Detections],
     estimate: AlphaEstimate,
+    seeds: Sequence[int],
     per_seed: list[list[float]],
 ) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -325,22 +326,27 @@ def _picture(
     for axes, (name, detections) in zip(above, found.items(), strict=True):
         axes.imshow(image.permute(1, 2, 0).numpy())
         confident = detections[index]["boxes"][detections[index]["scores"] > 0.3]
-        for boxes, colour in ((truth, "#54d62c"), (confident, "#e45756")):
+        for boxes, colour in ((truth, "#56b4e9"), (confident, "#ffa500")):
             for x1, y1, x2, y2 in boxes.tolist():
                 outline = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour)
                 axes.add_patch(outline)
-        axes.set_title(f"{name}: objects green, detections above 0.3 red", fontsize=10)
+        title = f"{name}, seed {seeds[-1]}: objects blue, detections above 0.3 orange"
+        axes.set_title(title, fontsize=10)
         axes.set_axis_off()
     plot_estimate(estimate, levels)
     levels.set_title("what S-alpha is estimated from", fontsize=10)
-    for seed, pair in enumerate(zip(*per_seed, strict=True)):
-        results.plot([0, 1], pair, marker="o", label=f"pair {seed + 1}")
+    for seed, pair in zip(seeds, zip(*per_seed, strict=True), strict=True):
+        results.plot([0, 1], pair, marker="o", label=f"seed {seed}")
+        for place, value in enumerate(pair):
+            offset = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+            results.annotate(f"{value:.3f}", (place, value), fontsize=8, **offset)
     results.set_xticks([0, 1], [BASELINE, ESTIMATED])
     results.set_xlim(-0.4, 1.4)
-    results.set_ylim(0, 1)
+    results.set_ylim(bottom=0)
+    results.margins(y=0.1)
     results.set_ylabel(MEASURE)
     results.legend()
-    results.set_title("two seeds prove nothing", fontsize=10)
+    results.set_title("short trainings: no proof", fontsize=10)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     return png.getvalue()
