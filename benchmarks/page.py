@@ -32,7 +32,7 @@ def render() -> None:
 
 def page(entries: list[Entry]) -> str:
     """The page in Markdown."""
-    sections = (_devices, _targets, _kernel, _scaling, _file, _pyramid)
+    sections = (_devices, _kernel, _file, _pyramid, _scaling, _targets)
     return "\n".join([HEAD, *(section(entries) for section in sections)])
 
 

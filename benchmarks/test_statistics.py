@@ -177,13 +177,16 @@ def test_many_shapes_of_images(benchmark: Any, record: Any, device: str) -> None
     counts[: BOXES - int(counts.sum())] += 1
     which = torch.randint(300, (images,), generator=torch.Generator().manual_seed(1))
     all_boxes = boxes(device=device)
+    # Each box within its own image.
+    scale = torch.tensor([(w / SIZE[1], h / SIZE[0]) * 2 for h, w in sizes], device=device)
+    scaled = all_boxes * scale[which.repeat_interleave(counts)]
     one = matcher(layout(3), device)
     many = GridMatcher(
         [layout(3, size)._levels for size in sizes], torch.float32, torch.device(device)
     )
 
     def run_many() -> object:
-        return count_levels(many, all_boxes, counts, 5, which)
+        return count_levels(many, scaled, counts, 5, which)
 
     pairs = interleave(
         lambda: count_levels(one, all_boxes, counts, 5), run_many, device=device, seconds=4
