@@ -18,7 +18,7 @@ from alphafpn.tiny._box_transform import PER_IMAGE, BoxTransform, to_xywh
 class EraseIgnored(BoxTransform):
     """Paint over regions that nobody annotated one by one, and drop their boxes.
 
-    Each region gets its own mean colour, by channel. What no source settles and we chose [I]: a
+    Each region gets its own mean colour, by channel. What no source settles is our choice: a
     region covers every pixel that its box touches within the image; its colour is that of the image
     before anything was painted; objects that overlap a region are painted over with it and keep
     their boxes.

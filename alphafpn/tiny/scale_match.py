@@ -1,7 +1,7 @@
 """Scale Match, as transforms for `torchvision.transforms.v2`.
 
 Scale Match resizes the images of a dataset for pre-training so that its objects become as small as
-those of the dataset to train on afterwards. What no source settles and we chose is marked [I].
+those of the dataset to train on afterwards.
 """
 
 from __future__ import annotations
@@ -176,9 +176,9 @@ class MonotoneScaleMatch(ScaleMatch):
     quantile of one to the same quantile of the other, linearly within each bin of the target's
     histogram; the scale is then clipped to `scale_range`. Everything else is as in `ScaleMatch`.
 
-    Means outside of the source's sizes are mapped as its smallest or its largest [I], and where
-    more than one bin's share of the source has its smallest size, that size becomes the target's
-    smallest [I].
+    What no source settles is our choice: means outside of the source's sizes are mapped as its
+    smallest or its largest; where more than one bin's share of the source has its smallest size,
+    that becomes the target's smallest.
 
     Args:
         source_sizes: sqrt(w * h) of the boxes of the dataset to transform, in pixels, `[N]`.
