@@ -106,6 +106,7 @@ def draw_alpha(setting: Setting, file: Path) -> str:
             half = 0 if math.isnan(main.half) else main.half
             axes.errorbar([place], [main.mean], [half], marker="*", markersize=12, capsize=3,
                           linestyle="", label="S-alpha, at its mean")  # fmt: skip
+    axes.set_title(title(setting), fontsize=9)
     axes.set_xlabel("factor")
     axes.set_ylabel(f"{_MAIN}, %")
     axes.legend()
@@ -129,6 +130,7 @@ def draw_pairs(setting: Setting, file: Path) -> str:
         half = 0 if math.isnan(main.half) else main.half
         axes.errorbar([place + 0.15], [main.mean], [half], marker="_", capsize=3, color="black")
     axes.set_xticks(range(len(drawn)), [variant.name for variant, _ in drawn], rotation=20)
+    axes.set_title(title(setting), fontsize=9)
     axes.set_ylabel(f"{_MAIN} against baseline, points")
     _save(axes, file)
     return f"{_MAIN} against the baseline of the same seed; means with 95 % intervals"
