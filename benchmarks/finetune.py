@@ -6,7 +6,7 @@
 `run` trains the demo's detector on the demo's scenes with factors of 1, once per seed, and then
 fine-tunes it on other scenes. Runs of a seed start from the same weights and see the same batches.
 Each finished run is a line of the results file, and is not repeated. `table` writes what the file
-says between the marks of docs/recipes.md.
+says between the marks of docs/experiments.md.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument("--budget-minutes", type=float, default=math.inf)
     parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--folder", type=Path, default=_ROOT / "runs" / "finetune")
-    parser.add_argument("--page", type=Path, default=_ROOT / "docs" / "recipes.md")
+    parser.add_argument("--page", type=Path, default=_ROOT / "docs" / "experiments.md")
     given = parser.parse_args()
     if given.what == "run":
         run(Plan(), given.seeds, given.results, given.folder, given.budget_minutes)
