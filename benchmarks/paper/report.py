@@ -170,7 +170,7 @@ def _remarks(setting: Setting) -> list[str]:
                 for name, entry in source.items()
             ]
             found.append(f"S-alpha before the clamp, finest edge first: {'; '.join(texts)}.")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _overview(found: Sequence[Setting]) -> str:
