@@ -121,8 +121,7 @@ def _estimate(options: argparse.Namespace) -> None:
     from alphafpn.pipeline import estimate_alpha_for
     from alphafpn.report import warnings
 
-    if options.plot is not None:
-        _check_picture(options.plot)
+    kind = None if options.plot is None else _picture_kind(options.plot)
     model = _detector(options)
     estimate = estimate_alpha_for(
         model,
@@ -130,8 +129,8 @@ def _estimate(options: argparse.Namespace) -> None:
         category_ids=options.categories,
         clamp=None if options.no_clamp else (0.2, 2.0),
     )
-    if options.plot is not None:
-        _save_plot(estimate, options.plot)
+    if kind is not None:
+        _save_plot(estimate, options.plot, kind)
     if options.json:
         print(json.dumps(estimate.to_dict(), allow_nan=False))
         for text in warnings(estimate):
@@ -188,25 +187,27 @@ def _set_anchors(
     )
 
 
-def _check_picture(path: Path) -> None:
-    """Finds out before the counting whether the picture can be written."""
+def _picture_kind(path: Path) -> str:
+    """The file format, found before the counting so that no mistake comes after it."""
     from alphafpn.plotting import new_axes
 
     kinds = new_axes().figure.canvas.get_supported_filetypes()
-    if (path.suffix or ".png")[1:] not in kinds:
+    kind = path.suffix.lstrip(".") or "png"
+    if kind not in kinds:
         raise ValueError(
             f"--plot {path}: expected a file name that ends in one of {', '.join(sorted(kinds))}"
         )
     if not path.parent.is_dir():
         raise ValueError(f"--plot {path}: expected its folder to exist, found none")
+    return kind
 
 
-def _save_plot(estimate: AlphaEstimate, path: Path) -> None:
+def _save_plot(estimate: AlphaEstimate, path: Path, kind: str) -> None:
     """Writes the picture whole or not at all."""
     figure = estimate.plot().get_figure(root=True)
     assert figure is not None
     picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix.lstrip(".") or "png", dpi=150)
+    figure.savefig(picture, format=kind, dpi=150)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -27,6 +27,7 @@ from torch import Tensor
 # Boxes of one pass on a CPU, for each thread: a dozen temporaries of this length stay in the cache,
 # and an operation on one still outweighs its dispatch. Elsewhere fewer, longer kernels are better.
 CPU_BLOCK = 1 << 17
+# Blocks that are held at once: what bounds their memory where there are many cores.
 MAX_THREADS = 8
 # Box-anchor pairs evaluated at once where pairs are evaluated, and boxes among them.
 PAIRS = 1 << 18

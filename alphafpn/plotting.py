@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from alphafpn.report import factor_origin, factors
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -40,9 +42,7 @@ def plot_estimate(estimate: AlphaEstimate, axes: Axes | None = None) -> Axes:
     top = max(1, *estimate.counts)
     axes.set_ylim(0, top * 1.4)
     axes.set_title(f"{estimate.num_boxes:,} boxes on {estimate.num_images:,} images", fontsize=10)
-    factors = estimate.ratios if estimate.clamp is None else estimate.alpha
-    for i, (factor, ratio) in enumerate(zip(factors, estimate.ratios, strict=True)):
-        source = "no objects" if ratio != ratio else "clamped" if factor != ratio else ""
+    for i, (factor, ratio) in enumerate(zip(factors(estimate), estimate.ratios, strict=True)):
         axes.annotate(
             "",
             xy=(i + 0.15, top * 1.13),
@@ -51,7 +51,8 @@ def plot_estimate(estimate: AlphaEstimate, axes: Axes | None = None) -> Axes:
         )
         label = f"$\\alpha$ = {factor:.2f}"
         axes.text(i + 0.5, top * 1.17, label, ha="center", color="#e45756")
-        axes.text(i + 0.5, top * 1.07, source, ha="center", va="center", fontsize=8)
+        origin = factor_origin(factor, ratio)
+        axes.text(i + 0.5, top * 1.07, origin, ha="center", va="center", fontsize=8)
     return axes
 
 

@@ -15,6 +15,7 @@ LARGEST_TINY = 20.0
 # Detectors match anchors to objects from about this IoU; fewer boxes reaching it is a bad fit.
 USUAL_MATCH = 0.4
 GOOD_RECALL = 0.5
+CLAMPED = "clamped"
 # Objects are often labelled beyond the border; more than this share of them hardly ever.
 USUAL_BEYOND = 0.1
 
@@ -53,12 +54,12 @@ def warnings(estimate: AlphaEstimate) -> list[str]:
         )
     if estimate.clamp is not None:
         for i, (alpha, ratio) in enumerate(zip(estimate.alpha, estimate.ratios, strict=True)):
-            if _is_clamped(alpha, ratio):
+            if factor_origin(alpha, ratio) == CLAMPED:
                 found.append(
                     f"the clamp {_pair(estimate.clamp)} set the factor {_edge(estimate, i)}: "
                     f"the ratio is {ratio:.3g}"
                 )
-    high = [_edge(estimate, i) for i, r in enumerate(_factors(estimate)) if r > LARGEST_STABLE]
+    high = [_edge(estimate, i) for i, r in enumerate(factors(estimate)) if r > LARGEST_STABLE]
     if high:
         found.append(
             f"factors above {LARGEST_STABLE} ({', '.join(high)}): the paper could not make such "
@@ -106,9 +107,8 @@ def _level_rows(estimate: AlphaEstimate) -> list[tuple[str, ...]]:
 def _factor_rows(estimate: AlphaEstimate) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for i, (factor, ratio, (low, high)) in enumerate(
-        zip(_factors(estimate), estimate.ratios, estimate.confidence_interval(), strict=True)
+        zip(factors(estimate), estimate.ratios, estimate.confidence_interval(), strict=True)
     ):
-        clamped = "clamped" if _is_clamped(factor, ratio) else ""
         undefined = math.isnan(ratio)
         rows.append(
             (
@@ -116,7 +116,7 @@ def _factor_rows(estimate: AlphaEstimate) -> list[tuple[str, ...]]:
                 f"{factor:.3f}",
                 "-" if undefined else f"{ratio:.3f}",
                 "-" if undefined else f"{low:.3f} - {high:.3f}",
-                "no objects" if undefined else clamped,
+                factor_origin(factor, ratio),
             )
         )
     return rows
@@ -135,14 +135,16 @@ def _facts(estimate: AlphaEstimate) -> list[str]:
     return lines
 
 
-def _factors(estimate: AlphaEstimate) -> tuple[float, ...]:
+def factors(estimate: AlphaEstimate) -> tuple[float, ...]:
     """The factors, or the ratios where a missing clamp leaves them undefined."""
     return estimate.ratios if estimate.clamp is None else estimate.alpha
 
 
-def _is_clamped(factor: float, ratio: float) -> bool:
-    """Whether the clamp set the factor; 0 / 0 gives 1 without it."""
-    return not math.isnan(ratio) and factor != ratio
+def factor_origin(factor: float, ratio: float) -> str:
+    """Where a factor comes from that is not the ratio, for a person to read; else nothing."""
+    if math.isnan(ratio):
+        return "no objects"
+    return CLAMPED if factor != ratio else ""
 
 
 def _edge(estimate: AlphaEstimate, i: int) -> str:

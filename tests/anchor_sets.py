@@ -112,5 +112,12 @@ def draw_boxes(
     return torch.tensor(boxes, dtype=dtype)
 
 
+def draw(seed: int, kind: str, count: int = 60) -> tuple[AnchorLayout, Tensor]:
+    """A layout, and boxes about it."""
+    rng = np.random.default_rng(seed)
+    layout = draw_layout(rng, kind)
+    return layout, draw_boxes(rng, layout, count)
+
+
 seeds = st.integers(0, 2**32 - 1)
 kinds = st.sampled_from(KINDS)

@@ -17,6 +17,7 @@ from tests import oracle
 from tests.anchor_sets import (
     FASTER,
     cell_anchors,
+    draw,
     draw_boxes,
     draw_layout,
     kinds,
@@ -150,9 +151,7 @@ def test_large_boxes_over_far_rounded_anchors():
 def test_the_error_bound_holds(seed, kind):
     # What the fast pass alone finds, against exact arithmetic: the lead of its level is negative
     # by no more than the bound, wherever it is wrong.
-    rng = np.random.default_rng(seed)
-    layout = draw_layout(rng, kind)
-    boxes = draw_boxes(rng, layout, 60)
+    layout, boxes = draw(seed, kind)
     matcher = grid_matcher(layout)
     per_box = (boxes[:, :2] + boxes[:, 2:]).abs().amax(1) / 2 * matcher.tolerance_per_pixel
     bound = matcher.tolerance + per_box

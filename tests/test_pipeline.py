@@ -277,9 +277,21 @@ def test_crowded_images_and_what_was_left_out(tmp_path):
     estimate = estimate_alpha_for(model, path, clamp=None)
     assert (estimate.num_crowded, estimate.detections_per_image) == (1, 3)
     assert estimate.left_out == {"crowd": 1}
+    assert estimate.num_clipped == 0
     assert (estimate.num_boxes, estimate.num_images) == (10, 2)
     assert estimate.clamp is None
     assert estimate_alpha_for(model, str(path), category_ids=[1]).counts == estimate.counts
+
+
+def test_corners_in_a_coco_file_are_warned_of(tmp_path):
+    model = small_detector("faster")
+    image = {"id": 1, "height": 64, "width": 64}
+    box = {"category_id": 1, "image_id": 1, "bbox": [30, 40, 42, 60]}
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps({"images": [image], "annotations": [box] * 3}))
+    estimate = estimate_alpha_for(model, path)
+    assert estimate.num_clipped == 3
+    assert "100% of the boxes reach beyond their image" in estimate.summary()
 
 
 def test_mistakes_are_named(tmp_path):

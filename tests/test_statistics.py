@@ -22,6 +22,7 @@ from tests.anchor_sets import (
     RETINA,
     STRIDES,
     cell_anchors,
+    draw,
     draw_boxes,
     draw_layout,
     kinds,
@@ -298,9 +299,7 @@ def test_size_and_iou_are_averaged():
 @settings(max_examples=25, deadline=None)
 @given(seed=seeds, kind=kinds)
 def test_recall_and_mean_iou_equal_brute_force(seed, kind):
-    rng = np.random.default_rng(seed)
-    layout = draw_layout(rng, kind)
-    boxes = draw_boxes(rng, layout, 60)
+    layout, boxes = draw(seed, kind)
     ious = oracle.level_ious(layout.anchors(), boxes)
     estimate = estimate_distinct(layout, boxes)
     best = np.array([max(row) for row in ious])

@@ -55,7 +55,7 @@ class Backbone(BackboneWithFPN):  # type: ignore[misc]
 
 
 def make_detector(config: Config, num_classes: int) -> nn.Module:
-    """The detector of a configuration, with factors of 1."""
+    """The detector of a configuration, with a stock pyramid."""
     torch.manual_seed(config.seed)
     backbone = _lite0(config) if config.backbone == "efficientnet_lite0" else _resnet(config)
     detector: nn.Module
@@ -67,7 +67,7 @@ def make_detector(config: Config, num_classes: int) -> nn.Module:
         )
     if config.init:
         _load(detector, config.init)
-    return patch_detector(detector, 1.0)
+    return detector
 
 
 def set_alpha(config: Config, detector: nn.Module, split: Split) -> dict[str, Any]:

@@ -99,12 +99,16 @@ def test_runs_that_diverged_are_named_and_not_averaged(records):
 def test_the_page_keeps_what_people_wrote(records, tmp_path):
     page = tmp_path / "experiments.md"
     page.write_text("# Title\n\n<!-- results: begin -->\nold\n<!-- results: end -->\n\nThe end.\n")
-    report([*records, record("1", 0, 0.2, steps=9)], page)
+    others = [record("1", 0, 0.2, steps=9), record("s-alpha", 0, 0.3, start="1")]
+    report([*records, *others], page)
     text = page.read_text()
     assert text.startswith("# Title\n")
     assert text.endswith("The end.\n")
     assert "old" not in text
     assert "best constant in the mean over seeds, is 0.5" in text
     assert len(list((tmp_path / "images").glob("*.svg"))) == 2
-    report([*records, record("1", 0, 0.2, steps=9)], page)
+    # Both ways to start have the same factors, which are told of once.
+    assert "S-alpha, starting as baseline (1)" in text
+    assert text.count("S-alpha before the clamp") == 1
+    report([*records, *others], page)
     assert page.read_text() == text
