@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from datetime import date
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 import torchvision
 
 RESULTS = Path(os.environ.get("ALPHAFPN_RESULTS", Path(__file__).parent / "results.json"))
+# When this run began: its records stand beside those of earlier runs.
+BEGUN = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M}"
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
@@ -25,7 +27,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Keeps one result, in place of an older one of the same name on the same device and date."""
+    """Keeps one result beside those of earlier runs."""
 
     def keep(name: str, device: str = "cpu", **values: Any) -> None:
         where = _machine(device)
@@ -50,7 +52,7 @@ def _machine(device: str) -> dict[str, Any]:
         name = f"CPU, {torch.get_num_threads()} threads, {_cpu_name()}"
     return {
         "device": name,
-        "date": date.today().isoformat(),
+        "date": BEGUN,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),

@@ -1,11 +1,12 @@
-"""Times two functions in turns, so that whatever else the machine does falls on both."""
+"""Times functions in turns, so that whatever else the machine does falls on all of them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,28 +71,30 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleave(
-    baseline: Callable[[], object],
-    candidate: Callable[[], object],
+def in_turns(
+    functions: Sequence[Callable[[], object]],
     *,
     device: str = "cpu",
     seconds: float = 10.0,
     least: int = 8,
     most: int = 200,
-) -> Pairs:
-    """Runs both in turns for about `seconds`; which of them goes first alternates."""
-    for _ in range(2):
-        timed(baseline, device)
-        timed(candidate, device)
-    pairs = Pairs([], [])
+    warm_up: int = 2,
+) -> list[list[float]]:
+    """Times of each function, round by round, for about `seconds`; the order changes each time."""
+    for function in functions:
+        for _ in range(warm_up):
+            timed(function, device)
+    times: list[list[float]] = [[] for _ in functions]
+    random = np.random.default_rng(0)
     start = time.perf_counter()
-    while len(pairs.baseline) < most and (
-        len(pairs.baseline) < least or time.perf_counter() - start < seconds
-    ):
-        if len(pairs.baseline) % 2:
-            pairs.candidate.append(timed(candidate, device))
-            pairs.baseline.append(timed(baseline, device))
-        else:
-            pairs.baseline.append(timed(baseline, device))
-            pairs.candidate.append(timed(candidate, device))
-    return pairs
+    while len(times[0]) < most and (len(times[0]) < least or time.perf_counter() - start < seconds):
+        for i in random.permutation(len(functions)):
+            times[i].append(timed(functions[i], device))
+    return times
+
+
+def interleave(
+    baseline: Callable[[], object], candidate: Callable[[], object], **options: Any
+) -> Pairs:
+    """Runs both in turns; `options` are those of `in_turns`."""
+    return Pairs(*in_turns([baseline, candidate], **options))

@@ -1,4 +1,4 @@
-"""What a patched pyramid costs, in interleaved pairs with the stock one."""
+"""What a patched pyramid costs, in turns with the stock one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -14,8 +15,14 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from alphafpn import LearnableAlpha, fold_alpha, patch_detector
-from benchmarks.pairs import interleave, spread
+from alphafpn import (
+    AlphaFeaturePyramidNetwork,
+    LearnableAlpha,
+    alpha_parameters,
+    fold_alpha,
+    patch_detector,
+)
+from benchmarks.pairs import Pairs, in_turns, interleave, spread
 
 SIZES = {"512x640": (512, 640), "800x1088": (800, 1088)}
 DETECTORS: dict[str, tuple[list[int], int, Callable[[], nn.Module]]] = {
@@ -23,8 +30,8 @@ DETECTORS: dict[str, tuple[list[int], int, Callable[[], nn.Module]]] = {
     "Faster R-CNN": ([256, 512, 1024, 2048], 4, LastLevelMaxPool),
 }
 FIXED = [0.37, 0.39, 0.37]
-# Time per case on a CPU; a GPU has hundreds of pairs long before.
-SECONDS = 6.0
+# Time of the rounds of one case on a CPU.
+SECONDS = 12.0
 
 
 def stock(detector: str) -> FeaturePyramidNetwork:
@@ -75,49 +82,84 @@ KINDS: dict[str, Callable[[nn.Module, int], object]] = {
     "learnable": lambda fpn, edges: patch_detector(fpn, LearnableAlpha(FIXED[:edges])),
     "folded": lambda fpn, edges: fold_alpha(patch_detector(fpn, FIXED[:edges])),
 }
-CASES = [
-    (kind, detector, size, mode, memory_format)
-    for kind in KINDS
-    for detector in DETECTORS
-    for size in SIZES
-    for mode in MODES
-    for memory_format in FORMATS
-    if not (kind == "folded" and mode != "forward")
-    # The large size only where the bound is tight, to keep the run short.
-    if size == "512x640" or (kind == "fixed" and memory_format == "contiguous")
-]
 
 
-@pytest.mark.parametrize(("kind", "detector", "size", "mode", "memory_format"), CASES)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("detector", DETECTORS)
 def test_pyramid(
     benchmark: Any,
     record: Any,
     device: str,
-    kind: str,
     detector: str,
     size: str,
     mode: str,
     memory_format: str,
 ) -> None:
+    """All kinds in the same rounds; and what the factors add, on its own."""
     baseline = stock(detector).to(device, memory_format=FORMATS[memory_format])
-    candidate = copy.deepcopy(baseline)
-    KINDS[kind](candidate, len(baseline.inner_blocks) - 1)
+    candidates = {kind: copy.deepcopy(baseline) for kind in KINDS}
+    for kind, candidate in candidates.items():
+        KINDS[kind](candidate, len(baseline.inner_blocks) - 1)
+    if mode != "forward":
+        # A stock pyramid with other weights; there is nothing that its backward pass could add.
+        del candidates["folded"]
     maps = features(detector, size, device, FORMATS[memory_format])
     run = MODES[mode]
-    pairs = interleave(
-        run(baseline, maps),
-        run(candidate, maps),
+    runs = {kind: run(candidate, maps) for kind, candidate in candidates.items()}
+    alone = {
+        kind: added(candidates[kind], maps, mode, FORMATS[memory_format])
+        for kind in ("fixed", "learnable")
+    }
+    times = in_turns(
+        [run(baseline, maps), *runs.values(), *alone.values()],
         device=device,
-        seconds=SECONDS if device == "cpu" else 1.5,
-        least=12,
+        seconds=SECONDS if device == "cpu" else 5.0,
         most=100 if device == "cpu" else 400,
+        warm_up=1 if device == "cpu" else 3,
     )
-    benchmark.pedantic(run(candidate, maps), rounds=1)
-    record(f"pyramid/{kind}/{detector}/{size}/{mode}/{memory_format}", device, **pairs.summary())
+    benchmark.pedantic(runs["fixed"], rounds=1)
+    stock_times, of_runs, of_alone = times[0], times[1 : 1 + len(runs)], times[1 + len(runs) :]
+    shares = {
+        kind: {"added_over_stock": float(np.median(own) / np.median(stock_times))}
+        for kind, own in zip(alone, of_alone, strict=True)
+    }
+    for kind, own in zip(runs, of_runs, strict=True):
+        record(
+            f"pyramid/{kind}/{detector}/{size}/{mode}/{memory_format}",
+            device,
+            **Pairs(stock_times, own).summary(),
+            **shares.get(kind, {}),
+        )
 
 
-@pytest.mark.parametrize("kind", ["stock", "fixed", "learnable"])
-def test_train_step(benchmark: Any, record: Any, device: str, kind: str) -> None:
+def added(
+    fpn: AlphaFeaturePyramidNetwork, maps: OrderedDict[str, Tensor], mode: str, memory_format: Any
+) -> Callable[[], object]:
+    """The operations that a patched pyramid has and a stock one lacks, without the rest."""
+    coarse = [
+        torch.randn(1, 256, *m.shape[-2:], device=m.device)
+        .to(memory_format=memory_format)
+        .requires_grad_()
+        for m in list(maps.values())[1:]
+    ]
+    gradients = [torch.ones_like(c) for c in coarse]
+    inputs = [*coarse, *alpha_parameters(fpn)]
+
+    def forward() -> object:
+        with torch.no_grad():
+            return [fpn._scaled(c, i) for i, c in enumerate(coarse)]
+
+    def forward_backward() -> object:
+        return torch.autograd.grad(
+            [fpn._scaled(c, i) for i, c in enumerate(coarse)], inputs, gradients
+        )
+
+    return forward if mode == "forward" else forward_backward
+
+
+def test_train_step(benchmark: Any, record: Any, device: str) -> None:
     """The whole step of a Faster R-CNN: losses, backward, SGD; and its peak memory on a GPU."""
     edge = 256 if device == "cpu" else 640
     images = [torch.rand(3, edge, edge, device=device) for _ in range(1 if device == "cpu" else 2)]
@@ -143,13 +185,19 @@ def test_train_step(benchmark: Any, record: Any, device: str, kind: str) -> None
 
         return step
 
-    baseline, candidate = make("stock"), make(kind)
-    memory = {"saved_for_backward_ratio": saved_bytes(candidate) / saved_bytes(baseline)}
+    baseline = make("stock")
+    steps = {kind: make(kind) for kind in ("stock", "fixed", "learnable")}
+    memory = {
+        kind: {"saved_for_backward_ratio": saved_bytes(step) / saved_bytes(baseline)}
+        for kind, step in steps.items()
+    }
     if device == "cuda":
-        memory["peak_memory_ratio"] = peak_bytes(candidate) / peak_bytes(baseline)
-    pairs = interleave(baseline, candidate, device=device, seconds=20, least=12)
-    benchmark.pedantic(candidate, rounds=1)
-    record(f"train step/{kind}", device, **pairs.summary(), **memory)
+        for kind, step in steps.items():
+            memory[kind]["peak_memory_ratio"] = peak_bytes(step) / peak_bytes(baseline)
+    times = in_turns([baseline, *steps.values()], device=device, seconds=40, least=12, warm_up=1)
+    benchmark.pedantic(steps["fixed"], rounds=1)
+    for kind, own in zip(steps, times[1:], strict=True):
+        record(f"train step/{kind}", device, **Pairs(times[0], own).summary(), **memory[kind])
 
 
 def saved_bytes(step: Callable[[], object]) -> int:

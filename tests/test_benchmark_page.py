@@ -33,7 +33,7 @@ def rows(text, title):
     lines = text.split(f"## {title}\n", 1)[1].split("\n")
     first = next(i for i, line in enumerate(lines) if line.startswith("| --- "))
     table = lines[first + 1 : lines.index("", first)]
-    return [line.strip("| ").split(" | ") for line in table]
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in table]
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,30 @@ def test_a_page_without_records_says_so():
     assert {row[-1] for row in found} == {"not measured"}
     assert "Why some are missed" not in text
     assert text.count("\nNot measured.\n") > 5
+
+
+def test_tables_show_the_newest_run_and_the_last_section_the_others():
+    name = "shapes/300 against 1"
+    runs = [pair(r, r, r, name, date=d) for r, d in ((1.1, "a"), (1.3, "c"), (1.2, "b"))]
+    gpu = pair(1.4, 1.4, 1.4, name, device="GPU X")
+    text = page([*runs, gpu])
+    assert rows(text, "How it grows") == [
+        [name, "CPU c", "1.30 (1.30 - 1.30)"],
+        [name, "GPU X 2026-01-01", "1.40 (1.40 - 1.40)"],
+    ]
+    assert rows(text, "Measured again") == [[name, "CPU", "ratio", "1.1 (a), 1.2 (b)", "1.3 (c)"]]
+
+
+def test_one_row_has_all_kinds_of_a_pyramid():
+    kinds = {"stock": {}, "fixed": {"added_over_stock": 0.004}, "learnable": {}}
+    entries = [
+        pair(1 + i, 1, 9, f"pyramid/{kind}/RetinaNet/1x1/forward/contiguous", **more)
+        for i, (kind, more) in enumerate(kinds.items())
+    ]
+    ratios = [f"{1 + i}.000 (1.000 - 9.000)" for i in range(3)]
+    assert rows(page(entries), "The pyramid") == [
+        ["RetinaNet", "1x1", "forward", "contiguous", "CPU 2026-01-01", *ratios, "", "0.40%", ""]
+    ]
 
 
 def test_reasons_and_notes_are_shown_where_they_belong():
