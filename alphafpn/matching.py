@@ -134,50 +134,39 @@ class GridMatcher:
         # The level's code takes the lowest mantissa bits: the finest level has the largest code,
         # so a maximum over levels prefers it among equals.
         self.code_bits = max(1, (self.num_levels - 1).bit_length())
+        self._space = _Workspace(0, dtype, device)
         self._bound_errors([level for layout in layouts for level in layout])
 
     def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Matcher.match`."""
         if layout is None:
             layout = torch.zeros((), dtype=torch.int64, device=self.device).expand(len(boxes))
-        size = len(boxes)
+        level = torch.empty(len(boxes), dtype=torch.int64, device=self.device)
+        iou = torch.empty(len(boxes), dtype=self.dtype, device=self.device)
+        doubtful = [level[:0]]
+        size = max(1, len(boxes))
         if self.device.type == "cpu":
             size = CPU_BLOCK * min(torch.get_num_threads(), MAX_THREADS)
-        space = _Workspace(min(size, len(boxes)), self.dtype, self.device)
-        level = torch.empty(len(boxes), dtype=torch.int64, device=self.device)
-        value = torch.empty(len(boxes), dtype=self.dtype, device=self.device)
-        margin = torch.empty_like(value)
-        for start in range(0, len(boxes), max(1, size)):
+        for start in range(0, len(boxes), size):
             part = slice(start, start + size)
-            self._match_fast(
-                boxes[part],
-                layout[part],
-                space.first(len(boxes[part])),
-                level[part],
-                value[part],
-                margin[part],
-            )
-        # From I / (A + a) to IoU, which is I / (A + a - I).
-        iou = value.div_(1 - value).clamp_(max=1)
-        doubtful = margin.le(self.tolerance).nonzero().squeeze(1)
-        if len(doubtful):
-            level[doubtful], iou[doubtful] = self._match_again(boxes[doubtful], layout[doubtful])
+            some = self._match_fast(boxes[part], layout[part], level[part], iou[part])
+            doubtful.append(some.add_(start))
+        rows = torch.cat(doubtful)
+        if len(rows):
+            level[rows], iou[rows] = self._match_again(boxes[rows], layout[rows])
         return level, iou
 
-    def _match_fast(
-        self,
-        boxes: Tensor,
-        layout: Tensor,
-        s: _Workspace,
-        level: Tensor,
-        value: Tensor,
-        margin: Tensor,
-    ) -> None:
-        """Writes level, I / (A + a) and its margin.
+    def _match_fast(self, boxes: Tensor, layout: Tensor, level: Tensor, iou: Tensor) -> Tensor:
+        """Writes level and IoU of up to a block of boxes; returns the rows that are in doubt.
 
-        The margin is the lead over the second-best level, less what `tolerance` lacks of the bound
-        on the error of this box.
+        These are the ones where the lead over the second-best level is within the bound on the
+        error of the box.
         """
+        # Memory that is given back after each block has to be mapped again, page by page, for the
+        # next one, which takes as long as the arithmetic.
+        if len(self._space) < len(boxes):
+            self._space = _Workspace(len(boxes), self.dtype, self.device)
+        s = self._space.first(len(boxes))
         for d in range(2):
             s.x[d].copy_(boxes[:, 2 * d])
             s.y[d].copy_(boxes[:, 2 * d + 1])
@@ -197,11 +186,13 @@ class GridMatcher:
                 bits.bitwise_xor_(i)
             torch.maximum(second, torch.minimum(best, s.value, out=s.overlap), out=second)
             torch.maximum(best, s.value, out=best)
-        torch.sub(best, second, out=margin)
+        margin = torch.sub(best, second, out=s.value)
         torch.maximum(s.total_x.abs_(), s.total_y.abs_(), out=s.other)
         margin.sub_(s.other.mul_(self.tolerance_per_pixel / 2))
-        value.copy_(best)
+        # From I / (A + a) to IoU, which is I / (A + a - I).
+        torch.div(best, torch.neg(best, out=s.other).add_(1), out=iou).clamp_(max=1)
         level.copy_(best.view(bits.dtype).bitwise_and_(low).neg_().add_(low))
+        return margin.le(self.tolerance).nonzero().squeeze(1)
 
     def _level_value(self, level: int, layout: Tensor, s: _Workspace, out: Tensor) -> None:
         """Best I / (A + a) of one level, which orders anchors as IoU does."""
@@ -456,6 +447,9 @@ class _Workspace:
         self._pairs = torch.empty(5, 2, size, dtype=dtype, device=device)
         self._singles = torch.empty(9, size, dtype=dtype, device=device)
         self._size = -1
+
+    def __len__(self) -> int:
+        return self._singles.shape[1]
 
     def first(self, size: int) -> _Workspace:
         """The same memory, cut to `size` boxes."""

@@ -25,8 +25,10 @@ from alphafpn.matching import GridMatcher, Matcher, SearchMatcher
 
 Levels = Sequence[Tensor]
 
-# Boxes matched and added up at once: what bounds the memory beyond the inputs.
-BLOCK = 1 << 20
+# Boxes matched and added up at once: what bounds the memory beyond the inputs. On a CPU larger
+# blocks give their temporaries back to the system, and mapping them again takes time; on a GPU
+# shorter ones start more kernels.
+BLOCK = {"cpu": 1 << 19, "other": 1 << 20}
 
 
 def estimate_alpha(
@@ -176,7 +178,7 @@ def count_levels(
     layout = None if layout is None else layout.to(device)
     ends = sizes.cumsum(0)
     stop = 0
-    for part in boxes.split(BLOCK) if isinstance(boxes, Tensor) else boxes:
+    for part in boxes.split(_block(device)) if isinstance(boxes, Tensor) else boxes:
         start, stop = stop, stop + len(part)
         # The images of this block; the first and the last may lie in others as well.
         first, last = _images_of(ends, start, stop)
@@ -193,9 +195,13 @@ def count_levels(
         counts.histogram += torch.bincount(bins, minlength=IOU_BINS)
         units = (iou / IOU_UNIT).round_().double()
         counts.iou_sums.index_add_(0, level, units)
-        sides = part[:, 2:] - part[:, :2]
-        counts.size_sum += (sides.prod(1).sqrt_() / SIZE_UNIT).round_().double().sum()
+        area = (part[:, 2] - part[:, 0]).mul_(part[:, 3] - part[:, 1])
+        counts.size_sum += (area.sqrt_() / SIZE_UNIT).round_().sum(dtype=torch.float64)
     return counts
+
+
+def _block(device: torch.device) -> int:
+    return BLOCK.get(device.type, BLOCK["other"])
 
 
 def _images_of(ends: Tensor, start: int, stop: int) -> tuple[int, int]:
@@ -211,8 +217,9 @@ def _blocks(
     """The boxes of all images in blocks of equal length, checked; members are for messages."""
     ends = sizes.cumsum(0)
     total = int(sizes.sum())
-    for start in range(0, total, BLOCK):
-        stop = min(start + BLOCK, total)
+    size = _block(images[0].device) if total else 1
+    for start in range(0, total, size):
+        stop = min(start + size, total)
         first, last = _images_of(ends, start, stop)
         pieces = list(images[first : last + 1])
         pieces[-1] = pieces[-1][: stop - int(ends[last] - sizes[last])]

@@ -15,7 +15,7 @@ HEAD = """# Benchmarks
 Made by `python -m benchmarks` (extra `bench`), or without measuring by `python -m benchmarks.page`,
 from `benchmarks/results.json`. Baseline and candidate are timed in the same process, in turns;
 times are medians. Intervals of ratios are distribution-free 95 % intervals of the median over
-pairs.
+pairs; with fewer than six pairs, all of their range.
 """
 # The figure of a record that runs are compared by: the first of these that it has.
 FIGURES = {

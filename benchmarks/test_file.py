@@ -18,7 +18,7 @@ from benchmarks.coco_like import ANNOTATIONS, IMAGES, write
 from benchmarks.pairs import interleave
 
 # The others take many times as long as the two that are close to each other.
-ROUNDS = {"estimate_alpha_for": 5, "typed msgspec decode": 5}
+ROUNDS = {"estimate_alpha_for": 3, "typed msgspec decode": 3}
 
 # Each prints the seconds of its work, without imports, and the peak memory of the process in MiB.
 FRAME = """

@@ -116,6 +116,7 @@ def test_pyramid(
         [run(baseline, maps), *runs.values(), *alone.values()],
         device=device,
         seconds=SECONDS if device == "cpu" else 5.0,
+        least=6,
         most=100 if device == "cpu" else 400,
         warm_up=1 if device == "cpu" else 3,
     )
@@ -194,7 +195,7 @@ def test_train_step(benchmark: Any, record: Any, device: str) -> None:
     if device == "cuda":
         for kind, step in steps.items():
             memory[kind]["peak_memory_ratio"] = peak_bytes(step) / peak_bytes(baseline)
-    times = in_turns([baseline, *steps.values()], device=device, seconds=40, least=12, warm_up=1)
+    times = in_turns([baseline, *steps.values()], device=device, seconds=40, warm_up=1)
     benchmark.pedantic(steps["fixed"], rounds=1)
     for kind, own in zip(steps, times[1:], strict=True):
         record(f"train step/{kind}", device, **Pairs(times[0], own).summary(), **memory[kind])

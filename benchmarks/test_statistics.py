@@ -292,7 +292,7 @@ def test_irregular_anchors(benchmark: Any, record: Any, device: str) -> None:
         return [box_iou(part, anchors).max(1) for part in some.split(200)]
 
     pairs = interleave(
-        matrix, lambda: estimate_alpha(levels, some), device=device, seconds=8, least=3
+        matrix, lambda: estimate_alpha(levels, some), device=device, least=3, warm_up=1
     )
     benchmark.pedantic(lambda: estimate_alpha(levels, some), rounds=1)
     expected = estimate_alpha(layout(3), some)

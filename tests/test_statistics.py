@@ -167,7 +167,7 @@ def test_blocks_orders_and_shards_give_the_same_estimate(seed, kind, block):
     images.append(torch.tensor([[0.0, 0, 9, 9], [3e5, 0, 3e5 + 8, 8]]))
     whole = estimate_distinct(layout, images)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "BLOCK", block)
+        patch.setitem(statistics.BLOCK, "cpu", block)
         patch.setattr(matching, "CPU_BLOCK", max(1, block // 3))
         assert estimate_alpha(layout, images) == whole
         assert estimate_alpha([layout] * len(images), images) == whole
@@ -506,7 +506,7 @@ def test_mistakes_are_named(anchors, boxes, error, message):
 
 
 def test_a_mistake_is_named_wherever_it_is(monkeypatch):
-    monkeypatch.setattr(statistics, "BLOCK", 3)
+    monkeypatch.setitem(statistics.BLOCK, "cpu", 3)
     images = [BOX.repeat(n, 1) for n in (2, 0, 5, 1, 4)]
     other = AnchorLayout([CELL, 3 * CELL], [8, 16], [(4, 4), (2, 2)], 2)
     for i, row in ((0, 0), (2, 4), (4, 3)):
@@ -549,7 +549,7 @@ def test_blocks_bound_the_memory(monkeypatch):
         return real(self, boxes, layout)
 
     monkeypatch.setattr(GridMatcher, "match", spy)
-    monkeypatch.setattr(statistics, "BLOCK", 1000)
+    monkeypatch.setitem(statistics.BLOCK, "cpu", 1000)
     boxes = torch.tensor([[0.0, 0, 9, 9]]).repeat(4500, 1)
     estimate_alpha(LAYOUT, boxes)
     assert lengths == [1000] * 4 + [500]
