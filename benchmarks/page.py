@@ -263,9 +263,8 @@ def _twice(entries: list[Entry]) -> str:
         field = next((f for f in FIGURES if all(f in e for e in found)), None)
         if len(found) > 1 and field:
             *before, last = found
-            earlier = ", ".join(f"{_digits(e[field])} ({e['date']})" for e in before)
-            newest = f"{_digits(last[field])} ({last['date']})"
-            rows.append((name, device.split(",")[0], FIGURES[field], earlier, newest))
+            earlier = ", ".join(_dated(e, field) for e in before)
+            rows.append((name, device.split(",")[0], FIGURES[field], earlier, _dated(last, field)))
     return "\n".join(
         [
             "## Measured again",
@@ -279,6 +278,11 @@ def _twice(entries: list[Entry]) -> str:
 
 def _of(entries: list[Entry], prefix: str) -> list[Entry]:
     return [e for e in entries if e["name"].startswith(prefix)]
+
+
+def _dated(entry: Entry, field: str) -> str:
+    when = ", ".join([entry["date"], *([entry["note"]] if "note" in entry else [])])
+    return f"{_digits(entry[field])} ({when})"
 
 
 def _newest(entries: list[Entry]) -> list[Entry]:

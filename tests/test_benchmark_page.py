@@ -100,13 +100,14 @@ def test_a_page_without_records_says_so():
 def test_tables_show_the_newest_run_and_the_last_section_the_others():
     name = "shapes/300 against 1"
     runs = [pair(r, r, r, name, date=d) for r, d in ((1.1, "a"), (1.3, "c"), (1.2, "b"))]
+    runs[0]["note"] = "old"
     gpu = pair(1.4, 1.4, 1.4, name, device="GPU X")
     text = page([*runs, gpu])
     assert rows(text, "How it grows") == [
         [name, "CPU c", "1.30 (1.30 - 1.30)"],
         [name, "GPU X 2026-01-01", "1.40 (1.40 - 1.40)"],
     ]
-    assert rows(text, "Measured again") == [[name, "CPU", "ratio", "1.1 (a), 1.2 (b)", "1.3 (c)"]]
+    assert rows(text, "Measured again") == [[name, "CPU", "ratio", "1.1 (a, old), 1.2 (b)", "1.3 (c)"]]
 
 
 def test_one_row_has_all_kinds_of_a_pyramid():
