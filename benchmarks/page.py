@@ -269,7 +269,9 @@ def _twice(entries: list[Entry]) -> str:
         [
             "## Measured again",
             "",
-            "The same cases in earlier runs on the same device; the tables above have the last.",
+            "The same cases in earlier runs on the same device; the tables above have the last. "
+            "The CPU's cores are virtual ones and share their host: one and the same call of the "
+            "kernel was seen to take 23 ms for minutes, and 57 ms for the next ones.",
             "",
             _table(("case", "device", "figure", "before", "last"), sorted(rows)),
         ]

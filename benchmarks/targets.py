@@ -198,6 +198,23 @@ TARGETS = (
         form="{:.3f}",
         why="As for fixed factors, and their gradients are operations of their own.",
     ),
+    # What the pairs are too wide to show on a busy CPU.
+    Target(
+        "The operations that fixed factors add, on their own, over the stock pyramid",
+        "pyramid/fixed/",
+        0.01,
+        field="added_over_stock",
+        on="CPU",
+        form="{:.2%}",
+    ),
+    Target(
+        "The operations that learnable factors add, on their own, over the stock pyramid",
+        "pyramid/learnable/",
+        0.03,
+        field="added_over_stock",
+        on="CPU",
+        form="{:.2%}",
+    ),
     Target(
         "Whole train step, fixed factors, over stock",
         "train step/fixed",

@@ -107,7 +107,9 @@ def test_tables_show_the_newest_run_and_the_last_section_the_others():
         [name, "CPU c", "1.30 (1.30 - 1.30)"],
         [name, "GPU X 2026-01-01", "1.40 (1.40 - 1.40)"],
     ]
-    assert rows(text, "Measured again") == [[name, "CPU", "ratio", "1.1 (a, old), 1.2 (b)", "1.3 (c)"]]
+    assert rows(text, "Measured again") == [
+        [name, "CPU", "ratio", "1.1 (a, old), 1.2 (b)", "1.3 (c)"]
+    ]
 
 
 def test_one_row_has_all_kinds_of_a_pyramid():
