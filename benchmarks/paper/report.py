@@ -51,6 +51,7 @@ def title(setting: Setting) -> str:
         config["backbone"],
         "x".join(map(str, config["size"])),
         f"{config['steps']} steps of {config['batch']}",
+        config["optimizer"],
     ]
     if config["scale_match"] != "none":
         parts.append(config["scale_match"])
