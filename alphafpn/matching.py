@@ -162,8 +162,8 @@ class GridMatcher:
         These are the ones where the lead over the second-best level is within the bound on the
         error of the box.
         """
-        # Memory that is given back after each block has to be mapped again, page by page, for the
-        # next one, which takes as long as the arithmetic.
+        # Kept from call to call: memory that was given back is mapped again page by page, which
+        # costs as much as a good part of the arithmetic.
         if len(self._space) < len(boxes):
             self._space = _Workspace(len(boxes), self.dtype, self.device)
         s = self._space.first(len(boxes))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import pytest
 
-from benchmarks.page import HERE, render
+from benchmarks.page import HERE, KEPT, RESULTS, render
 
 if __name__ == "__main__":
     code = pytest.main([str(HERE), "-q", "--benchmark-disable-gc", *sys.argv[1:]])
-    elsewhere = os.environ.get("ALPHAFPN_RESULTS")
-    print("records with all ratios:", elsewhere or HERE / "results.json")
-    if not elsewhere:
+    print("records with all ratios:", RESULTS)
+    if RESULTS == KEPT:
         render()
     sys.exit(code)

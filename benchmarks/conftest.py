@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -14,7 +13,8 @@ import pytest
 import torch
 import torchvision
 
-RESULTS = Path(os.environ.get("ALPHAFPN_RESULTS", Path(__file__).parent / "results.json"))
+from benchmarks.page import RESULTS
+
 # When this run began: its records stand beside those of earlier runs.
 BEGUN = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M}"
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

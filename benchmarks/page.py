@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.targets import TARGETS, Entry
+from benchmarks.targets import TARGETS, Entry, newest
 from benchmarks.workload import BOXES
 
 HEAD = """# Benchmarks
@@ -23,11 +24,12 @@ measures all of it again, in about 13 minutes on two CPU cores, adds the records
 renders this page. `-k` chooses cases, as in pytest; with `ALPHAFPN_RESULTS=file.json` the records
 go there and the page stays.
 
-Times are medians. Where a ratio has an interval, both sides were timed in turns in one process; it
-is the distribution-free 95 % interval of the median over pairs (with fewer than six, their whole
-range). Large cases have six to eight pairs only. The kernel and what it is compared with were timed
-one after the other; programs that read a file in processes of their own. What is empty was not
-measured: no GPU was at hand since those cases came in.
+Times are medians. Where a ratio has an interval, both sides were timed in turns; it is the
+distribution-free 95 % interval of the median over pairs (with fewer than six, their whole range).
+Large cases have six to eight pairs only. The kernel and what it is compared with were timed one
+after the other; programs that read a file and the command line in processes of their own. What is
+empty was not measured: no GPU was at hand since its cases came in, and a folded pyramid is for
+inference.
 """
 # The figure of a record that runs are compared by: the first of these that it has.
 FIGURES = {
@@ -40,21 +42,24 @@ FIGURES = {
 }
 
 HERE = Path(__file__).parent
+KEPT = HERE / "results.json"
+# Where a run puts its records.
+RESULTS = Path(os.environ.get("ALPHAFPN_RESULTS", KEPT))
 
 
 def render() -> None:
-    """Writes the page and the pictures."""
-    entries = json.loads((HERE / "results.json").read_text())
+    """Writes the page and the pictures from the records that are kept."""
+    entries = json.loads(KEPT.read_text())
     docs = HERE.parent / "docs"
-    _plot_scaling(_newest(entries), docs / "images" / "benchmark-scaling.png")
+    _plot_scaling(newest(entries), docs / "images" / "benchmark-scaling.png")
     (docs / "benchmarks.md").write_text(page(entries))
 
 
 def page(entries: list[Entry]) -> str:
     """The page in Markdown."""
-    newest = _newest(entries)
+    last = newest(entries)
     sections = (_devices, _kernel, _file, _pyramid, _scaling, _targets)
-    return "\n".join([HEAD, *(section(newest) for section in sections), _twice(entries)])
+    return "\n".join([HEAD, *(section(last) for section in sections), _twice(entries)])
 
 
 def _devices(entries: list[Entry]) -> str:
@@ -77,7 +82,8 @@ def _targets(entries: list[Entry]) -> str:
             "",
             "The newest record of each case. A target of several cases is met if all of them keep "
             "the bound; the figure is the one that misses it by most. Other work on the machine "
-            "widens the intervals: the rows `stock` of the pyramid show by how much.",
+            "widens the intervals: `stock` in the table of the pyramid shows by how much. Where "
+            "the bound lies inside the interval, the pairs do not decide.",
             "",
             _table(("what", "target", "device", "measured", "verdict"), rows),
             *(["Why some are missed:\n", "".join(reasons)] if reasons else []),
@@ -300,7 +306,7 @@ def _twice(entries: list[Entry]) -> str:
             "",
             "The same cases in earlier runs on the same device; the tables above have the last. "
             "The CPU's cores are virtual ones and share their host: one and the same call of the "
-            "kernel was seen to take 23 ms for minutes, and 57 ms for the next ones.",
+            "kernel was seen to take 23 ms for some seconds, and 57 ms for the next ones.",
             "",
             _table(("case", "device", "figure", "before", "last"), sorted(rows)),
         ]
@@ -314,12 +320,6 @@ def _of(entries: list[Entry], prefix: str) -> list[Entry]:
 def _dated(entry: Entry, field: str) -> str:
     when = ", ".join([entry["date"], *([entry["note"]] if "note" in entry else [])])
     return f"{_digits(entry[field])} ({when})"
-
-
-def _newest(entries: list[Entry]) -> list[Entry]:
-    """The last record of each case on each device, in the order of the names."""
-    last = {(e["name"], e["device"]): e for e in sorted(entries, key=lambda e: e["date"])}
-    return [last[key] for key in sorted(last)]
 
 
 def _ratio(entry: Entry | None) -> str:

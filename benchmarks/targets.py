@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,13 +65,13 @@ class Target:
         return [self._outcome(device, entries) for device in devices or [self.on or "any"]]
 
     def _outcome(self, device: str, entries: Sequence[Entry]) -> Outcome:
-        newest: dict[str, Entry] = {}
-        for e in sorted(entries, key=lambda e: e["date"]):
-            if e["device"] == device and e["name"].startswith(self.prefix) and self.field in e:
-                newest[e["name"]] = e
-        if not newest:
+        cases = newest(
+            e
+            for e in entries
+            if e["device"] == device and e["name"].startswith(self.prefix) and self.field in e
+        )
+        if not cases:
             return Outcome(device, None, "", "not measured")
-        cases = list(newest.values())
         worst = max(cases, key=self._miss)
         value, low, high = self._figure(worst)
         measured = self.form.format(value)
@@ -80,7 +80,7 @@ class Target:
         kept = sum(self._keeps(case) for case in cases)
         verdict = "met" if kept == len(cases) else "not met"
         if low < self.bound < high:
-            verdict += " (undecided: bound inside the interval)"
+            verdict += " (bound inside the interval)"
         if len(cases) > 1:
             measured += f": {worst['name'].removeprefix(self.prefix)}"
             verdict += f", {kept} of {len(cases)} cases keep it"
@@ -106,6 +106,12 @@ class Target:
         fields = (self.field, "low", "high") if self.field == "ratio" else (self.field,) * 3
         value, low, high = (float(entry[field]) for field in fields)
         return (1 / value, 1 / high, 1 / low) if self.inverse else (value, low, high)
+
+
+def newest(entries: Iterable[Entry]) -> list[Entry]:
+    """The last record of each case on each device, in the order of the names."""
+    last = {(e["name"], e["device"]): e for e in sorted(entries, key=lambda e: e["date"])}
+    return [last[key] for key in sorted(last)]
 
 
 def _kind(device: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("scipy")
 
 from benchmarks.paper.pairs import mean_of, settings
-from benchmarks.paper.report import report, table
+from benchmarks.paper.report import report, table, title
 
 FIGURES = ("AP50_tiny", "AP25_tiny", "AP75_tiny", "AP50_tiny1", "AP50_tiny2", "AP50_tiny3")
 
@@ -94,6 +94,11 @@ def test_runs_that_diverged_are_named_and_not_averaged(records):
     records[1]["diverged_at"] = 3
     (setting,) = settings(records)
     assert "5 (1 diverged)" in table(setting)
+
+
+def test_settings_with_different_optimizers_have_titles_of_their_own(records):
+    found = settings([*records, record("1", 0, 0.2, optimizer="adamw")])
+    assert len({title(setting) for setting in found}) == len(found) == 2
 
 
 def test_the_page_keeps_what_people_wrote(records, tmp_path):
