@@ -15,6 +15,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 from alphafpn import AnchorLayout, estimate_alpha, matching, statistics
+from alphafpn.estimate import SIZE_UNIT
 from alphafpn.matching import GridMatcher, SearchMatcher
 from tests import oracle
 from tests.anchor_sets import (
@@ -294,6 +295,15 @@ def test_size_and_iou_are_averaged():
     assert [estimate.recall(q) for q in (0, 0.01, 0.14, 0.15, 0.96, 0.97, 1)] == [
         1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25,
     ]  # fmt: skip
+
+
+def test_sizes_add_up_without_rounding():
+    # 9,000 sizes of up to 60,000 units make more than float32 counts to.
+    sides = torch.arange(1.0, 60.0, 59 / 9000)
+    boxes = torch.stack([torch.zeros_like(sides)] * 2 + [sides] * 2, dim=1)
+    expected = [round(side / SIZE_UNIT) for side in sides.tolist()]
+    assert sum(expected) > 2**27
+    assert estimate_alpha(LAYOUT, boxes).size_sum == sum(expected)
 
 
 @settings(max_examples=25, deadline=None)
