@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from torch import nn
 
-    from alphafpn.estimate import AlphaEstimate
+    from alphafpn.estimate.result.alpha_estimate import AlphaEstimate
 
 TINY = ("tiny_retinanet", "tiny_faster_rcnn")
 
@@ -118,8 +118,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _estimate(options: argparse.Namespace) -> None:
-    from alphafpn.pipeline import estimate_alpha_for
-    from alphafpn.report import warnings
+    from alphafpn.estimate.for_detector import estimate_alpha_for
+    from alphafpn.estimate.result.report import warnings
 
     kind = None if options.plot is None else _picture_kind(options.plot)
     model = _detector(options)
@@ -189,7 +189,7 @@ def _set_anchors(
 
 def _picture_kind(path: Path) -> str:
     """The file format, found before the counting so that no mistake comes after it."""
-    from alphafpn.plotting import new_axes
+    from alphafpn.estimate.result.picture import new_axes
 
     kinds = new_axes().figure.canvas.get_supported_filetypes()
     kind = path.suffix.lstrip(".") or "png"
@@ -222,7 +222,7 @@ def _save_plot(estimate: AlphaEstimate, path: Path, kind: str) -> None:
 def _demo(options: argparse.Namespace) -> None:
     if (options.images is None) != (options.annotations is None):
         raise ValueError("--images and --annotations go together")
-    from alphafpn.demo import run_demo
+    from alphafpn.demo.run import run_demo
 
     outcome = run_demo(out=options.out, images=options.images, annotations=options.annotations)
     print(json.dumps(outcome, allow_nan=False, indent=2))

@@ -54,7 +54,7 @@ class GradientShares:
         Args:
             axes: matplotlib axes to draw on; new ones by default.
         """
-        from alphafpn.plotting import plot_gradient_shares
+        from alphafpn.estimate.result.picture import plot_gradient_shares
 
         return plot_gradient_shares(self, axes)
 

@@ -31,8 +31,8 @@ import torchvision
 from torch import nn
 
 from alphafpn import estimate_alpha_for, fold_alpha, patch_detector
-from alphafpn._scenes import as_coco, as_tensors, drawn_scenes
-from alphafpn.demo import MEASURE, Settings, _batches, _detect, _detector, _evaluate, _train
+from alphafpn.demo.run import MEASURE, Settings, _batches, _detect, _detector, _evaluate, _train
+from alphafpn.demo.scenes import as_coco, as_tensors, drawn_scenes
 from benchmarks.paper import results
 from benchmarks.paper.config import hash_of
 from benchmarks.paper.pairs import mean_of

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from alphafpn import demo
-from alphafpn._scenes import as_tensors, drawn_scenes, own_scenes
-from alphafpn.demo import BASELINE, ESTIMATED, Settings, run_demo
-from alphafpn.pipeline import estimate_alpha_for
+from alphafpn.demo import run as demo
+from alphafpn.demo.run import BASELINE, ESTIMATED, Settings, run_demo
+from alphafpn.demo.scenes import as_tensors, drawn_scenes, own_scenes
+from alphafpn.estimate.for_detector import estimate_alpha_for
 
 SMALL = Settings(side=64, train=8, val=4, steps=3, channels=8, seeds=(0,))
 LEARNING = Settings(side=64, train=12, val=6, steps=30, channels=16, seeds=(0,))

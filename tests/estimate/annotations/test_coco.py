@@ -22,10 +22,8 @@ from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 from torchvision.tv_tensors import Image as TVImage
 
-from alphafpn.datasets import Annotations, read_annotations
+from alphafpn.estimate.annotations.coco import Annotations, read_annotations
 from tests.malformed import MALFORMED, annotation, coco
-
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def reference(
@@ -641,10 +639,8 @@ def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str], progress: b
         "tinyperson640/val.json",
     ],
 )
-def test_real_data(name: str) -> None:
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"{path} is missing")
+def test_real_data(name: str, data_file: Callable[[str], Path]) -> None:
+    path = data_file(name)
     content = json.loads(path.read_text())
     by_image: dict[int, list[Any]] = {image["id"]: [] for image in content["images"]}
     for entry in content["annotations"]:
@@ -672,7 +668,7 @@ def test_coco_like_script_is_deterministic_and_valid(tmp_path: Path) -> None:
                 "--annotations=400",
             ],
             check=True,
-            cwd=Path(__file__).resolve().parents[1],
+            cwd=Path(__file__).resolve().parents[3],
         )
     assert paths[0].read_bytes() == paths[1].read_bytes()
     content = json.loads(paths[0].read_text())

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from alphafpn import AlphaEstimate
-from alphafpn.report import warnings
+from alphafpn.estimate.result.report import warnings
 
 GOOD_FIT = (0,) * 70 + (10_000,) + (0,) * 30
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torchvision.models.detection.fcos import FCOS
 from torchvision.ops import box_iou
 
-from alphafpn import AnchorLayout, matching
-from alphafpn.anchors import recognise_grid
-from alphafpn.matching import GridMatcher, RangeMatcher, SearchMatcher, pair_iou
+from alphafpn import AnchorLayout
+from alphafpn.estimate.anchors.layout import recognise_grid
+from alphafpn.estimate.matching import grid as matching
+from alphafpn.estimate.matching.grid import GridMatcher, RangeMatcher, SearchMatcher, pair_iou
 from tests import oracle
 from tests.anchor_sets import (
     FASTER,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, overload
 import msgspec
 import torch
 
-from alphafpn.anchors import check_num_fused_levels
+from alphafpn.estimate.anchors.layout import check_num_fused_levels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -276,7 +276,7 @@ class AlphaEstimate(Sequence[float]):
 
     def summary(self) -> str:
         """The table a person reads: levels, objects, factors, and what to be wary of."""
-        from alphafpn.report import summary
+        from alphafpn.estimate.result.report import summary
 
         return summary(self)
 
@@ -286,7 +286,7 @@ class AlphaEstimate(Sequence[float]):
         Args:
             axes: matplotlib axes to draw on; new ones by default.
         """
-        from alphafpn.plotting import plot_estimate
+        from alphafpn.estimate.result.picture import plot_estimate
 
         return plot_estimate(self, axes)
 

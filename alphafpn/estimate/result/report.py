@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from alphafpn.estimate import AlphaEstimate
+    from alphafpn.estimate.result.alpha_estimate import AlphaEstimate
 
 # Section 4.2 of the paper: training does not converge with factors above this.
 LARGEST_STABLE = 1.1

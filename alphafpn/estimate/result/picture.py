@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from alphafpn.report import factor_origin, factors
+from alphafpn.estimate.result.report import factor_origin, factors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from alphafpn.estimate import AlphaEstimate
+    from alphafpn.estimate.result.alpha_estimate import AlphaEstimate
     from alphafpn.gradients import GradientShares
 
 

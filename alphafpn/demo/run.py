@@ -24,7 +24,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.resnet import BasicBlock
 from tqdm import tqdm
 
-from alphafpn._scenes import (
+from alphafpn.demo.scenes import (
     Tensors,
     as_coco,
     as_tensors,
@@ -33,8 +33,8 @@ from alphafpn._scenes import (
     write,
     write_scenes,
 )
-from alphafpn.estimate import AlphaEstimate
-from alphafpn.pipeline import estimate_alpha_for
+from alphafpn.estimate.for_detector import estimate_alpha_for
+from alphafpn.estimate.result.alpha_estimate import AlphaEstimate
 from alphafpn.pyramid import Alpha
 from alphafpn.surgery import fold_alpha
 
@@ -316,7 +316,7 @@ def _picture(
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    from alphafpn.plotting import plot_estimate
+    from alphafpn.estimate.result.picture import plot_estimate
 
     figure = Figure(figsize=(11, 10), layout="constrained")
     FigureCanvasAgg(figure)

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from alphafpn.anchors import AnchorLayout, Size, check_distinct, describe, largest
-from alphafpn.datasets import Annotations, read_annotations
-from alphafpn.detector import DetectorView
-from alphafpn.estimate import AlphaEstimate, check_clamp
-from alphafpn.matching import GridMatcher, Matcher, RangeMatcher
-from alphafpn.statistics import LevelCounts, count_levels
+from alphafpn.estimate.anchors.detector import DetectorView
+from alphafpn.estimate.anchors.layout import AnchorLayout, Size, check_distinct, describe, largest
+from alphafpn.estimate.annotations.coco import Annotations, read_annotations
+from alphafpn.estimate.for_anchors import LevelCounts, count_levels
+from alphafpn.estimate.matching.grid import GridMatcher, Matcher, RangeMatcher
+from alphafpn.estimate.result.alpha_estimate import AlphaEstimate, check_clamp
 
 
 def estimate_alpha_for(
@@ -37,7 +37,7 @@ def estimate_alpha_for(
         model: a torchvision detector with a feature pyramid.
         dataset: a path to a COCO-format JSON file; an iterable of ``((height, width), boxes)`` with
             boxes [n, 4] xyxy in original pixels; or a torchvision-style data set whose targets hold
-            ``boxes``. See `alphafpn.datasets.read_annotations`.
+            ``boxes``.
         category_ids: count only boxes of these categories.
         clamp: (lower, upper) bound of the factors, or None.
         progress: show a progress bar on stderr while a data set is read item by item.

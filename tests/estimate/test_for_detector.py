@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +19,6 @@ from torchvision.ops import MultiScaleRoIAlign
 from alphafpn import AnchorLayout, estimate_alpha, estimate_alpha_for
 from tests import oracle
 from tests.anchor_sets import seeds
-
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def small_backbone(out_channels=32):
@@ -342,10 +339,8 @@ def first_images(path, count, boxes_per_image):
         ("tinyperson_native_boxes.json", "retinanet_resnet50_fpn_v2"),
     ],
 )
-def test_real_boxes_equal_brute_force(tmp_path, file, name):
-    if not (DATA / file).exists():
-        pytest.skip(f"no {DATA / file}")
-    data = first_images(DATA / file, 100, 6)
+def test_real_boxes_equal_brute_force(tmp_path, data_file, file, name):
+    data = first_images(data_file(file), 100, 6)
     path = tmp_path / "subset.json"
     path.write_text(json.dumps(data))
     with torch.device("meta"):

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alphafpn.datasets import read_annotations
+from alphafpn.estimate.annotations.coco import read_annotations
 
 Pixels: TypeAlias = NDArray[np.uint8]  # [H, W, 3]
 Marks: TypeAlias = list[dict[str, Any]]  # COCO annotations: `bbox`, and `ignore` where it is set

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.page import page
 from benchmarks.targets import TARGETS, Target
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 VERSIONS = {"python": "3", "torch": "2", "torchvision": "0"}
 MOST = Target("speed", "case/", 1.5, why="Because.")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from alphafpn import AnchorLayout
-from alphafpn.anchors import check_boxes, recognise_grid
+from alphafpn.estimate.anchors.layout import check_boxes, recognise_grid
 from tests.anchor_sets import FASTER, RETINA, cell_anchors, draw_layout, kinds, legacy_layout, seeds
 
 CELL = torch.tensor([[-8.0, -8, 8, 8]])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphafpn.matching import Cell, GridLevel
+from alphafpn.estimate.matching.grid import Cell, GridLevel
 
 Size = tuple[int, int]
 
@@ -86,7 +86,7 @@ class AnchorLayout:
             ValueError: if the resized image would have no pixels.
         """
         # Only here, since that module builds on this one.
-        from alphafpn.detector import DetectorView
+        from alphafpn.estimate.anchors.detector import DetectorView
 
         size = _whole_pair(image_size, "image_size: (height, width)")
         view = DetectorView(model)

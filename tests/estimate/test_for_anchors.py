@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from alphafpn import AnchorLayout, estimate_alpha, matching, statistics
-from alphafpn.estimate import SIZE_UNIT
-from alphafpn.matching import GridMatcher, SearchMatcher
+from alphafpn import AnchorLayout, estimate_alpha
+from alphafpn.estimate import for_anchors as statistics
+from alphafpn.estimate.matching import grid as matching
+from alphafpn.estimate.matching.grid import GridMatcher, SearchMatcher
+from alphafpn.estimate.result.alpha_estimate import SIZE_UNIT
 from tests import oracle
 from tests.anchor_sets import (
     FASTER,
@@ -31,7 +33,7 @@ from tests.anchor_sets import (
     seeds,
 )
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 CELL = torch.tensor([[-8.0, -8, 8, 8]])
 

@@ -13,7 +13,7 @@ from torchvision.models.detection.fcos import FCOS
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 
-from alphafpn.anchors import AnchorLayout, Size
+from alphafpn.estimate.anchors.layout import AnchorLayout, Size
 
 
 class DetectorView:

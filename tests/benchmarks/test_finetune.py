@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("scipy")
 
-from alphafpn._scenes import as_tensors, drawn_scenes
-from alphafpn.demo import Settings, _detector
+from alphafpn.demo.run import Settings, _detector
+from alphafpn.demo.scenes import as_tensors, drawn_scenes
 from benchmarks import finetune
 from benchmarks.finetune import JUMP, RAMP, RESCALE, STAY, Laboratory, Plan, change, run, table
 from benchmarks.paper import results

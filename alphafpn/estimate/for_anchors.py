@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from alphafpn.anchors import (
+from alphafpn.estimate.anchors.layout import (
     AnchorLayout,
     check_boxes,
     check_distinct,
@@ -20,8 +20,14 @@ from alphafpn.anchors import (
     recognise_grid,
     same_levels_message,
 )
-from alphafpn.estimate import IOU_BINS, IOU_UNIT, SIZE_UNIT, AlphaEstimate, check_clamp
-from alphafpn.matching import GridMatcher, Matcher, SearchMatcher
+from alphafpn.estimate.matching.grid import GridMatcher, Matcher, SearchMatcher
+from alphafpn.estimate.result.alpha_estimate import (
+    IOU_BINS,
+    IOU_UNIT,
+    SIZE_UNIT,
+    AlphaEstimate,
+    check_clamp,
+)
 
 Levels = Sequence[Tensor]
 
