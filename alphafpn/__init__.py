@@ -1,9 +1,6 @@
 """Fusion factors for torchvision's feature pyramids (Gong et al., WACV 2021)."""
 
-from alphafpn.estimate.anchors.layout import AnchorLayout
-from alphafpn.estimate.for_anchors import estimate_alpha
-from alphafpn.estimate.for_detector import estimate_alpha_for
-from alphafpn.estimate.result.alpha_estimate import AlphaEstimate
+from alphafpn.estimate import AlphaEstimate, AnchorLayout, estimate_alpha, estimate_alpha_for
 from alphafpn.gradients import gradient_shares
 from alphafpn.pyramid import (
     AlphaFeaturePyramidNetwork,

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alphafpn.estimate.annotations.coco import read_annotations
+from alphafpn.estimate.annotations.read import read_annotations
+from alphafpn.tiny import cut_dataset, read_tile
 
 Pixels: TypeAlias = NDArray[np.uint8]  # [H, W, 3]
 Marks: TypeAlias = list[dict[str, Any]]  # COCO annotations: `bbox`, and `ignore` where it is set
@@ -96,8 +97,6 @@ def own_scenes(
         ValueError: If the annotations are malformed or too few. Files are opened later, and raise
             what `read_tile` raises.
     """
-    from alphafpn.tiny.tiling import cut_dataset
-
     boxes = read_annotations(annotations).boxes
     median = float(np.median(np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1))))
     whole = math.ceil(side / min(_MEDIAN_SIZE / median, _LARGEST_SCALE))
@@ -138,8 +137,6 @@ def _cut(
     tiles: list[dict[str, Any]], images: Path, scale: float, *, paint: bool
 ) -> Iterator[Scene]:
     from PIL import Image
-
-    from alphafpn.tiny.tiling import read_tile
 
     for tile in tiles:
         whole = read_tile(tile, images)

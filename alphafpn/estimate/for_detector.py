@@ -9,12 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from alphafpn.estimate.anchors.detector import DetectorView
-from alphafpn.estimate.anchors.layout import AnchorLayout, Size, check_distinct, describe, largest
-from alphafpn.estimate.annotations.coco import Annotations, read_annotations
-from alphafpn.estimate.for_anchors import LevelCounts, count_levels
-from alphafpn.estimate.matching.grid import GridMatcher, Matcher, RangeMatcher
-from alphafpn.estimate.result.alpha_estimate import AlphaEstimate, check_clamp
+from alphafpn.estimate.anchors.detector import DetectorView, Size
+from alphafpn.estimate.anchors.distinct import check_distinct
+from alphafpn.estimate.anchors.layout import AnchorLayout, describe, largest
+from alphafpn.estimate.annotations.columns import Annotations
+from alphafpn.estimate.annotations.read import read_annotations
+from alphafpn.estimate.checks import check_clamp
+from alphafpn.estimate.counting import LevelCounts, count_levels
+from alphafpn.estimate.matching.grid import GridMatcher
+from alphafpn.estimate.matching.ranges import RangeMatcher
+from alphafpn.estimate.matching.search import Matcher
+from alphafpn.estimate.result.alpha_estimate import AlphaEstimate
 
 
 def estimate_alpha_for(
@@ -106,7 +111,7 @@ def _layouts(
             raise ValueError(f"image {first[i]}: {error}") from None
         if padded not in index:
             index[padded] = len(layouts)
-            layouts.append(view.layout(padded))
+            layouts.append(AnchorLayout(*view.anchor_grids(padded)))
         layout_of_size[i] = index[padded]
         # `resize_boxes` divides in float32.
         scale[i] = np.asarray(resized, np.float32) / np.asarray(size, np.float32)

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("scipy")
 
-from alphafpn.demo.run import Settings, _detector
 from alphafpn.demo.scenes import as_tensors, drawn_scenes
+from alphafpn.demo.training import Settings, small_detector
 from benchmarks import finetune
 from benchmarks.finetune import JUMP, RAMP, RESCALE, STAY, Laboratory, Plan, change, run, table
 from benchmarks.paper import results
@@ -36,7 +36,7 @@ def losses(model):
 )
 def test_all_ways_but_to_jump_keep_the_outputs(way, same):
     torch.manual_seed(0)
-    model = _detector(TOY.pretraining, 1.0).double()
+    model = small_detector(TOY.pretraining, 1.0).double()
     expected = losses(model)
     change(model, way, [1.0] * 3 if way == STAY else TARGET)
     found = losses(model)

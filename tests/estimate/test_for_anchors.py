@@ -15,10 +15,11 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 from alphafpn import AnchorLayout, estimate_alpha
-from alphafpn.estimate import for_anchors as statistics
-from alphafpn.estimate.matching import grid as matching
-from alphafpn.estimate.matching.grid import GridMatcher, SearchMatcher
-from alphafpn.estimate.result.alpha_estimate import SIZE_UNIT
+from alphafpn.estimate import counting, for_anchors
+from alphafpn.estimate.matching import grid
+from alphafpn.estimate.matching.grid import GridMatcher
+from alphafpn.estimate.matching.search import SearchMatcher
+from alphafpn.estimate.result.factors import SIZE_UNIT
 from tests import oracle
 from tests.anchor_sets import (
     FASTER,
@@ -128,7 +129,7 @@ def test_anchors_of_their_own_for_each_image(seed, kind, others):
 def test_equal_layouts_are_matched_together(monkeypatch):
     made = []
     monkeypatch.setattr(
-        statistics, "GridMatcher", lambda *args: made.append(args) or GridMatcher(*args)
+        for_anchors, "GridMatcher", lambda *args: made.append(args) or GridMatcher(*args)
     )
     boxes = torch.tensor([[1.0, 2, 30, 20], [2, 2, 18, 19]])
     equal = [AnchorLayout([CELL, 2 * CELL], [8, 16], [(8, 8), (4, 4)], 2) for _ in range(5)]
@@ -170,8 +171,8 @@ def test_blocks_orders_and_shards_give_the_same_estimate(seed, kind, block):
     images.append(torch.tensor([[0.0, 0, 9, 9], [3e5, 0, 3e5 + 8, 8]]))
     whole = estimate_distinct(layout, images)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(statistics.BLOCK, "cpu", block)
-        patch.setattr(matching, "CPU_BLOCK", max(1, block // 3))
+        patch.setitem(counting.BLOCK, "cpu", block)
+        patch.setattr(grid, "CPU_BLOCK", max(1, block // 3))
         assert estimate_alpha(layout, images) == whole
         assert estimate_alpha([layout] * len(images), images) == whole
     order = rng.permutation(len(images))
@@ -518,7 +519,7 @@ def test_mistakes_are_named(anchors, boxes, error, message):
 
 
 def test_a_mistake_is_named_wherever_it_is(monkeypatch):
-    monkeypatch.setitem(statistics.BLOCK, "cpu", 3)
+    monkeypatch.setitem(counting.BLOCK, "cpu", 3)
     images = [BOX.repeat(n, 1) for n in (2, 0, 5, 1, 4)]
     other = AnchorLayout([CELL, 3 * CELL], [8, 16], [(4, 4), (2, 2)], 2)
     for i, row in ((0, 0), (2, 4), (4, 3)):
@@ -561,7 +562,7 @@ def test_blocks_bound_the_memory(monkeypatch):
         return real(self, boxes, layout)
 
     monkeypatch.setattr(GridMatcher, "match", spy)
-    monkeypatch.setitem(statistics.BLOCK, "cpu", 1000)
+    monkeypatch.setitem(counting.BLOCK, "cpu", 1000)
     boxes = torch.tensor([[0.0, 0, 9, 9]]).repeat(4500, 1)
     estimate_alpha(LAYOUT, boxes)
     assert lengths == [1000] * 4 + [500]

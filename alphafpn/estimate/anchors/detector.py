@@ -13,7 +13,7 @@ from torchvision.models.detection.fcos import FCOS
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 
-from alphafpn.estimate.anchors.layout import AnchorLayout, Size
+Size = tuple[int, int]
 
 
 class DetectorView:
@@ -124,8 +124,14 @@ class DetectorView:
         """Whether images come resized, as they may for torchvision's transform in training."""
         return self.transform.training and getattr(self.transform, "_skip_resize", False)
 
-    def layout(self, padded: Size) -> AnchorLayout:
-        """The layout on a batch of (height, width)."""
+    def anchor_grids(
+        self, padded: Size
+    ) -> tuple[list[Tensor], list[tuple[float, float]], list[Size], int, list[str]]:
+        """What an `AnchorLayout` consists of, on a batch of (height, width), in its order.
+
+        Cell anchors [A, 4], strides (y, x) and grid sizes (rows, columns) per level; K; the names
+        of the feature maps.
+        """
         maps = self.feature_maps(padded)
         cells = [cell.float() for cell in self.generator.cell_anchors]
         if len(cells) != len(maps):
@@ -136,7 +142,7 @@ class DetectorView:
         grids = [size for _, size in maps]
         strides = [(float(padded[0] // h), float(padded[1] // w)) for h, w in grids]
         names = [name for name, _ in maps]
-        return AnchorLayout(cells, strides, grids, self.num_fused_levels, names)
+        return cells, strides, grids, self.num_fused_levels, names
 
     def feature_maps(self, padded: Size) -> list[tuple[str, Size]]:
         """Name and (rows, columns) of each feature map.

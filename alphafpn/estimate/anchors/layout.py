@@ -12,12 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphafpn.estimate.matching.grid import Cell, GridLevel
-
-Size = tuple[int, int]
-
-# Cell anchors that are looked for in plain tensors.
-MAX_CELLS = 64
+from alphafpn.estimate.anchors.detector import DetectorView, Size
+from alphafpn.estimate.anchors.grids import GridLevel, as_tuples, recognise_grid
+from alphafpn.estimate.checks import check_boxes, check_num_fused_levels
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +63,7 @@ class AnchorLayout:
                 raise ValueError(f"cell_anchors[{i}]: at least one anchor expected, found none")
             all_cells.append(cells)
             pair, grid = _stride(stride, i), _whole_pair(size, f"grid_sizes[{i}]: (rows, columns)")
-            levels.append(GridLevel(_as_tuples(cells), pair, grid, cells.dtype))
+            levels.append(GridLevel(as_tuples(cells), pair, grid, cells.dtype))
         object.__setattr__(self, "cell_anchors", tuple(all_cells))
         object.__setattr__(self, "_levels", tuple(levels))
 
@@ -85,12 +82,9 @@ class AnchorLayout:
             TypeError: if `model` has no feature pyramid with anchors on it.
             ValueError: if the resized image would have no pixels.
         """
-        # Only here, since that module builds on this one.
-        from alphafpn.estimate.anchors.detector import DetectorView
-
         size = _whole_pair(image_size, "image_size: (height, width)")
         view = DetectorView(model)
-        return view.layout(view.frame(size)[1])
+        return cls(*view.anchor_grids(view.frame(size)[1]))
 
     @classmethod
     def from_tensors(
@@ -166,53 +160,6 @@ class AnchorLayout:
         return moved
 
 
-def check_num_fused_levels(num_fused_levels: int, num_levels: int) -> None:
-    """Raises TypeError or ValueError unless 2 <= num_fused_levels <= num_levels."""
-    if not isinstance(num_fused_levels, int):
-        raise TypeError(f"num_fused_levels: an int expected, found {num_fused_levels!r}")
-    if not 2 <= num_fused_levels <= num_levels:
-        raise ValueError(
-            f"num_fused_levels: from 2 to the number of levels ({num_levels}) expected, found "
-            f"{num_fused_levels}. (torchvision's AnchorGenerator returns one tensor per image, not "
-            "per level: see AnchorLayout.from_detector.)"
-        )
-
-
-def check_boxes(boxes: object, where: str) -> Tensor:
-    """`boxes` as a floating tensor [N, 4] of finite xyxy boxes.
-
-    Raises:
-        TypeError: if it is no tensor of real numbers.
-        ValueError: if it has another shape, or a box is not finite or inverted, or so large that
-            its area is not finite.
-    """
-    if not isinstance(boxes, Tensor):
-        raise TypeError(f"{where}: a tensor [N, 4] expected, found {type(boxes).__name__}")
-    if boxes.dtype == torch.bool or boxes.is_complex():
-        raise TypeError(f"{where}: real numbers expected, found {boxes.dtype}")
-    if boxes.dim() != 2 or boxes.shape[1] != 4:
-        # An image without boxes is often written `torch.tensor([])`.
-        if boxes.shape in ((0,), (0, 0), (1, 0)):
-            return boxes.new_zeros((0, 4), dtype=torch.float32)
-        raise ValueError(f"{where}: shape [N, 4] expected, found {list(boxes.shape)}")
-    boxes = boxes.detach()
-    if boxes.dtype not in (torch.float32, torch.float64):
-        boxes = boxes.float()
-    if len(boxes):
-        sides = boxes[:, 2:] - boxes[:, :2]
-        # NaN and inf - inf fail the first comparison, a single inf the second.
-        low, high = torch.stack(sides.aminmax()).tolist()
-        if not (low >= 0 and high <= math.sqrt(torch.finfo(boxes.dtype).max)):
-            ok = boxes.isfinite().all(1) & (sides >= 0).all(1) & sides.prod(1).isfinite()
-            if not ok.all():
-                index = int(ok.int().argmin())
-                raise ValueError(
-                    f"{where}[{index}]: finite x1 <= x2 and y1 <= y2, with a finite area, expected,"
-                    f" found {boxes[index].tolist()}"
-                )
-    return boxes
-
-
 def _stride(stride: Any, level: int) -> tuple[float, float]:
     """`stride` as positive (y, x)."""
     try:
@@ -238,72 +185,6 @@ def _whole_pair(values: Any, what: str) -> tuple[int, int]:
     return first, second
 
 
-def recognise_grid(anchors: Tensor) -> GridLevel | None:
-    """The grid that anchors [N, 4] lie on, or None where they are no regular grid.
-
-    Expects torchvision's order: row by row, and within a position the cell anchors.
-    """
-    if len(anchors) == 0:
-        return None
-    low, high = torch.stack(anchors.aminmax()).tolist()
-    slack = 4 * torch.finfo(anchors.dtype).eps * max(-low, high, 1.0)
-    # The next position starts with a copy of the first anchor, to the right of it or below.
-    moved = anchors[1 : MAX_CELLS + 1] - anchors[0]
-    copies = ((moved[:, :2] - moved[:, 2:]).abs() <= slack).all(1)
-    copies &= ((moved > slack) | (moved.abs() <= slack)).all(1) & (moved.abs() <= slack).any(1)
-    candidates = [int(i) + 1 for i in copies.nonzero()]
-    if len(anchors) <= MAX_CELLS:
-        candidates.append(len(anchors))
-    grids = (_grid_of(anchors, num_cells, slack) for num_cells in candidates)
-    return next((grid for grid in grids if grid is not None), None)
-
-
-def _grid_of(anchors: Tensor, num_cells: int, slack: float) -> GridLevel | None:
-    """The grid with `num_cells` anchors at each position, if it is one within `slack` pixels."""
-    if len(anchors) % num_cells:
-        return None
-    tops = anchors[::num_cells, 1]
-    below = ((tops - tops[0]).abs() > slack).nonzero()
-    columns = int(below[0]) if len(below) else len(tops)
-    if len(tops) % columns:
-        return None
-    grid = anchors.view(-1, columns, num_cells, 4)
-    size = len(grid), columns
-    cells = grid[0, 0]
-    strides, shifts = [], []
-    for d, last in enumerate((grid[-1, 0, 0, 1], grid[0, -1, 0, 0])):
-        steps = size[d] - 1
-        step = float(last - cells[0, 1 - d]) / steps if steps else 1.0
-        # Anchors are often sums of whole strides, so a step that may be whole is.
-        if round(step) and abs(step - round(step)) * steps <= slack:
-            step = float(round(step))
-        if step <= 0:
-            return None
-        strides.append(step)
-        shifts.append(torch.arange(size[d], device=anchors.device, dtype=anchors.dtype) * step)
-    shift_y, shift_x = shifts[0][:, None, None], shifts[1][:, None]
-    error = torch.stack(
-        [
-            (cells[:, k] + shift - grid[..., k]).abs().max()
-            for k, shift in enumerate((shift_x, shift_y) * 2)
-        ]
-    )
-    worst = float(error.max())
-    if worst > slack:
-        return None
-    return GridLevel(
-        _as_tuples(cells),
-        (strides[0], strides[1]),
-        size,
-        anchors.dtype,
-        anchors if worst > 0 else None,
-    )
-
-
-def _as_tuples(cells: Tensor) -> tuple[Cell, ...]:
-    return tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in cells.tolist())
-
-
 def largest(layouts: Sequence[AnchorLayout]) -> AnchorLayout:
     """The layout of the largest image. Small ones may have levels of a single position."""
     return max(layouts, key=lambda layout: math.prod(layout._levels[0].size))
@@ -320,45 +201,3 @@ def describe(layouts: Sequence[AnchorLayout], num_levels: int) -> dict[str, Any]
         "strides": tuple(map(max, zip(*strides, strict=True))),
         "anchors_per_cell": cells.pop() if len(cells) == 1 else (),
     }
-
-
-def check_distinct(layout: AnchorLayout, where: str) -> None:
-    """Raises ValueError if all anchors of a level also lie on a finer one."""
-    levels = layout._levels
-    for coarse in range(1, len(levels)):
-        for fine in range(coarse):
-            if all(_lies_on(cell, levels[coarse], levels[fine]) for cell in levels[coarse].cells):
-                names = layout.level_names
-                raise ValueError(same_levels_message(where, names[fine], names[coarse]))
-
-
-def same_levels_message(where: str, fine: str, coarse: str) -> str:
-    """Why such levels are refused, for an error message."""
-    fine, coarse = fine.removeprefix("level "), coarse.removeprefix("level ")
-    return (
-        f"{where}: all anchors of level {coarse} also lie on level {fine}, so no box can be given "
-        "to one of them by its best IoU. (torchvision's AnchorGenerator returns one tensor per "
-        "image, not per level: see AnchorLayout.from_detector. Its MobileNet detectors have such "
-        "levels by design; patch them with factors of your choice.)"
-    )
-
-
-def _lies_on(cell: Cell, coarse: GridLevel, fine: GridLevel) -> bool:
-    """Whether all copies of `cell` on the grid `coarse` are anchors of `fine`."""
-    return any(
-        all(
-            abs((cell[d + 2] - cell[d]) - (other[d + 2] - other[d])) < 1e-4
-            and _steps_fit(cell[d] - other[d], coarse, fine, 1 - d)
-            for d in (0, 1)
-        )
-        for other in fine.cells
-    )
-
-
-def _steps_fit(offset: float, coarse: GridLevel, fine: GridLevel, d: int) -> bool:
-    for k in {0, 1, coarse.size[d] - 1} - ({1} if coarse.size[d] == 1 else set()):
-        position = (offset + k * coarse.stride[d]) / fine.stride[d]
-        index = round(position)
-        if abs(position - index) > 1e-4 or not 0 <= index < fine.size[d]:
-            return False
-    return True

@@ -19,51 +19,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from alphafpn.estimate.anchors.grids import Cell, GridLevel
+from alphafpn.estimate.matching.search import PAIRS, SEARCH_ROWS, best_of, pair_iou
 
 # Boxes of one pass on a CPU, for each thread: a dozen temporaries of this length stay in the cache,
 # and an operation on one still outweighs its dispatch. Elsewhere fewer, longer kernels are better.
 CPU_BLOCK = 1 << 17
 # Blocks that are held at once: what bounds their memory where there are many cores.
 MAX_THREADS = 8
-# Box-anchor pairs evaluated at once where pairs are evaluated, and boxes among them.
-PAIRS = 1 << 18
-SEARCH_ROWS = 64
 # Centres of one cell that agree to this many decimals are taken for one.
 CENTRE_DECIMALS = 4
-
-Cell = tuple[float, float, float, float]
-
-
-class GridLevel(NamedTuple):
-    """Anchors of one level: `cells` repeated at `stride` over `size` positions; (y, x) order.
-
-    `anchors` are the anchors themselves, [size[0] * size[1] * len(cells), 4] in (row, column, cell)
-    order, where they are not exactly ``cell + index * stride`` in arithmetic of `dtype`.
-    """
-
-    cells: tuple[Cell, ...]
-    stride: tuple[float, float]
-    size: tuple[int, int]
-    dtype: torch.dtype = torch.float32
-    anchors: Tensor | None = None
-
-
-class Matcher(Protocol):
-    """Gives each box the level of its best-IoU anchor."""
-
-    device: torch.device
-
-    def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Level (int64 [B]) and IoU [B] of the best anchor of each box [B, 4] (xyxy).
-
-        The level is the number of levels where a box overlaps no anchor. `layout` [B] tells which
-        of the matcher's layouts each box lies on.
-        """
-        ...
 
 
 class _Axis:
@@ -314,7 +283,7 @@ class GridMatcher:
                 index = [self._indices(i, d, some, where, steps[:, d, None]) for d in (0, 1)]
                 corners = self._corners(i, index, where)
                 iou = pair_iou(some[:, :, None, None].unbind(1), corners)
-                torch.maximum(out, _best(iou), out=out)
+                torch.maximum(out, best_of(iou), out=out)
         return best
 
     def _indices(self, i: int, d: int, boxes: Tensor, layout: Tensor, steps: Tensor) -> Tensor:
@@ -338,87 +307,6 @@ class GridMatcher:
             for d in (0, 1)
         ]
         return [shift + cells[:, k].to(dtype) for k, shift in enumerate(shifts * 2)]
-
-
-class RangeMatcher:
-    """FCOS: levels by regression range instead of IoU.
-
-    Half the longer side of a box lies between 4 and 8 times the size of its level's anchors; the
-    finest level has no lower bound, the coarsest no upper one. Where ranges overlap the finest
-    level takes the box, and between ranges no level does.
-
-    Args:
-        sizes: of the anchors, in pixels, one per level; in FCOS each is twice the one before.
-        device: where the boxes are.
-    """
-
-    def __init__(self, sizes: Sequence[float], device: torch.device) -> None:
-        self.sizes, self.device = sizes, device
-
-    def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `Matcher.match`; there is no IoU, so it is 0."""
-        half = (boxes[:, 2:] - boxes[:, :2]).amax(1) / 2
-        level = torch.full((len(boxes),), len(self.sizes), device=self.device)
-        for i, size in reversed(list(enumerate(self.sizes))):
-            low = 4 * size if i else -math.inf
-            high = 8 * size if i < len(self.sizes) - 1 else math.inf
-            level[(low <= half) & (half < high)] = i
-        return level, torch.zeros_like(half)
-
-
-class SearchMatcher:
-    """Exact best level for any anchors: every box-anchor pair, in blocks that stay in the cache.
-
-    Args:
-        levels: one tensor of anchors [N_l, 4] (xyxy) per level, finest first.
-        dtype: of the computation; `device` likewise.
-        device: where the boxes are.
-    """
-
-    def __init__(self, levels: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> None:
-        self.levels = [level.to(device).t().contiguous() for level in levels]
-        self.dtype, self.device = dtype, device
-        # Other devices have no such cache and are slow to start: there, half a GiB at once.
-        more = 1 if device.type == "cpu" else 8
-        self.rows, self.pairs = more * SEARCH_ROWS, more**2 * PAIRS
-
-    def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `Matcher.match`."""
-        level = torch.full((len(boxes),), len(self.levels), device=self.device)
-        best = torch.zeros(len(boxes), dtype=self.dtype, device=self.device)
-        for start in range(0, len(boxes), self.rows):
-            part = slice(start, start + self.rows)
-            for i, anchors in enumerate(self.levels):
-                value = self._best_iou(boxes[part], anchors)
-                level[part].masked_fill_(value > best[part], i)
-                torch.maximum(best[part], value, out=best[part])
-        return level, best
-
-    def _best_iou(self, boxes: Tensor, anchors: Tensor) -> Tensor:
-        best = torch.zeros(len(boxes), dtype=self.dtype, device=self.device)
-        for chunk in anchors.split(max(1, self.pairs // max(1, len(boxes))), dim=1):
-            iou = pair_iou(boxes[:, :, None].unbind(1), chunk.unbind(0))
-            torch.maximum(best, _best(iou), out=best)
-        return best
-
-
-def pair_iou(boxes: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
-    """IoU of boxes and anchors given as columns (x1, y1, x2, y2) that broadcast.
-
-    Operation for operation `torchvision.ops.box_iou`, so equal to it in every bit, also where boxes
-    and anchors are of different types.
-    """
-    (x1, y1, x2, y2), (ax1, ay1, ax2, ay2) = boxes, anchors
-    width = (torch.minimum(x2, ax2) - torch.maximum(x1, ax1)).clamp_(min=0)
-    height = (torch.minimum(y2, ay2) - torch.maximum(y1, ay1)).clamp_(min=0)
-    inter = width * height
-    union = (x2 - x1) * (y2 - y1) + (ax2 - ax1) * (ay2 - ay1) - inter
-    return inter.div_(union)
-
-
-def _best(iou: Tensor) -> Tensor:
-    """Largest IoU in each row; 0 / 0, of a box and an anchor without area, is no overlap."""
-    return iou.flatten(1).amax(1).nan_to_num_(nan=0.0)
 
 
 _Group = tuple[tuple[float, float], list[tuple[float, list[Cell]]]]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from alphafpn.estimate.result.alpha_estimate import AlphaEstimate
+from alphafpn.estimate.result.factors import LevelStatistics
 
 # Section 4.2 of the paper: training does not converge with factors above this.
 LARGEST_STABLE = 1.1
@@ -20,7 +18,7 @@ CLAMPED = "clamped"
 USUAL_BEYOND = 0.1
 
 
-def summary(estimate: AlphaEstimate) -> str:
+def summary(estimate: LevelStatistics) -> str:
     """Levels, objects, factors with their intervals, and warnings."""
     lines = _table(
         ("level", "stride", "anchors/cell", "objects", "share", "mean best IoU"),
@@ -32,7 +30,7 @@ def summary(estimate: AlphaEstimate) -> str:
     return "\n".join(lines + [f"warning: {text}" for text in warnings(estimate)])
 
 
-def warnings(estimate: AlphaEstimate) -> list[str]:
+def warnings(estimate: LevelStatistics) -> list[str]:
     """What speaks against trusting or using these factors."""
     found = []
     if estimate.num_boxes == 0:
@@ -86,7 +84,7 @@ def warnings(estimate: AlphaEstimate) -> list[str]:
     return found
 
 
-def _level_rows(estimate: AlphaEstimate) -> list[tuple[str, ...]]:
+def _level_rows(estimate: LevelStatistics) -> list[tuple[str, ...]]:
     total = max(1, estimate.num_boxes * estimate.num_sizes)
     rows: list[tuple[str, ...]] = []
     for i, name in enumerate(estimate.level_names):
@@ -104,7 +102,7 @@ def _level_rows(estimate: AlphaEstimate) -> list[tuple[str, ...]]:
     return rows
 
 
-def _factor_rows(estimate: AlphaEstimate) -> list[tuple[str, ...]]:
+def _factor_rows(estimate: LevelStatistics) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for i, (factor, ratio, (low, high)) in enumerate(
         zip(factors(estimate), estimate.ratios, estimate.confidence_interval(), strict=True)
@@ -122,7 +120,7 @@ def _factor_rows(estimate: AlphaEstimate) -> list[tuple[str, ...]]:
     return rows
 
 
-def _facts(estimate: AlphaEstimate) -> list[str]:
+def _facts(estimate: LevelStatistics) -> list[str]:
     sizes = f", each at {estimate.num_sizes} input sizes" if estimate.num_sizes > 1 else ""
     lines = [f"{estimate.num_boxes:,} boxes on {estimate.num_images:,} images{sizes}"]
     if estimate.num_boxes:
@@ -135,7 +133,7 @@ def _facts(estimate: AlphaEstimate) -> list[str]:
     return lines
 
 
-def factors(estimate: AlphaEstimate) -> tuple[float, ...]:
+def factors(estimate: LevelStatistics) -> tuple[float, ...]:
     """The factors, or the ratios where a missing clamp leaves them undefined."""
     return estimate.ratios if estimate.clamp is None else estimate.alpha
 
@@ -147,7 +145,7 @@ def factor_origin(factor: float, ratio: float) -> str:
     return CLAMPED if factor != ratio else ""
 
 
-def _edge(estimate: AlphaEstimate, i: int) -> str:
+def _edge(estimate: LevelStatistics, i: int) -> str:
     return f"{estimate.level_names[i + 1]} -> {estimate.level_names[i]}"
 
 

@@ -22,7 +22,8 @@ from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 from torchvision.tv_tensors import Image as TVImage
 
-from alphafpn.estimate.annotations.coco import Annotations, read_annotations
+from alphafpn.estimate.annotations.columns import Annotations
+from alphafpn.estimate.annotations.read import read_annotations
 from tests.malformed import MALFORMED, annotation, coco
 
 

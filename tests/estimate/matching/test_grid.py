@@ -5,15 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchvision.models.detection.fcos import FCOS
 from torchvision.ops import box_iou
 
 from alphafpn import AnchorLayout
-from alphafpn.estimate.anchors.layout import recognise_grid
-from alphafpn.estimate.matching import grid as matching
-from alphafpn.estimate.matching.grid import GridMatcher, RangeMatcher, SearchMatcher, pair_iou
+from alphafpn.estimate.anchors.grids import recognise_grid
+from alphafpn.estimate.matching import grid, search
+from alphafpn.estimate.matching.grid import GridMatcher
+from alphafpn.estimate.matching.search import SearchMatcher
 from tests import oracle
 from tests.anchor_sets import (
     FASTER,
@@ -79,20 +79,6 @@ def test_rounded_anchors_on_a_grid_are_matched_by_their_own_corners(seed, kind, 
     boxes = draw_boxes(rng, layout, 30) + shift
     found = GridMatcher([grids], torch.float32, CPU).match(boxes)
     assert_equal_to_brute_force(levels, boxes, found, noise(levels))
-
-
-@settings(max_examples=25, deadline=None)
-@given(seed=seeds, kind=kinds)
-def test_search_matcher_equals_brute_force(seed, kind):
-    rng = np.random.default_rng(seed)
-    layout = draw_layout(rng, kind)
-    levels = [torch.tensor(rng.normal(a, 0.5), dtype=torch.float32) for a in layout.anchors()]
-    levels = [torch.cat([a[:, :2], a[:, :2] + (a[:, 2:] - a[:, :2]).abs()], 1) for a in levels]
-    boxes = draw_boxes(rng, layout, 70)
-    found = SearchMatcher(levels, torch.float32, CPU).match(boxes)
-    for g, ious in enumerate(oracle.level_ious(levels, boxes)):
-        assert found[0][g] == oracle.best_level(ious)
-        assert found[1][g] == torch.tensor(ious).max()
 
 
 def far_layout(columns):
@@ -177,7 +163,7 @@ def test_a_box_is_matched_alike_alone_and_in_any_block(monkeypatch, device):
         alone = [matcher.match(box[None]) for box in boxes]
         assert torch.equal(torch.cat([one[0] for one in alone]), level)
         assert torch.equal(torch.cat([one[1] for one in alone]), iou)
-        monkeypatch.setattr(matching, "CPU_BLOCK", 7)
+        monkeypatch.setattr(grid, "CPU_BLOCK", 7)
         blocks = matcher.match(boxes)
         assert torch.equal(blocks[0], level)
         assert torch.equal(blocks[1], iou)
@@ -191,8 +177,9 @@ def test_small_blocks_of_pairs_change_nothing(monkeypatch):
         found = grid_matcher(layout).match(boxes)
         searched = SearchMatcher(layout.anchors(), torch.float32, CPU).match(boxes)
         with monkeypatch.context() as patch:
-            patch.setattr(matching, "PAIRS", 50)
-            patch.setattr(matching, "SEARCH_ROWS", 3)
+            for module in (grid, search):
+                patch.setattr(module, "PAIRS", 50)
+                patch.setattr(module, "SEARCH_ROWS", 3)
             again = grid_matcher(layout).match(boxes)
             searched_again = SearchMatcher(layout.anchors(), torch.float32, CPU).match(boxes)
         for a, b in ((found, again), (searched, searched_again)):
@@ -287,96 +274,24 @@ def test_anchors_without_area_overlap_nothing():
         assert iou.tolist() == pytest.approx([0, 9 / 75, 0, 0], abs=1e-6)
 
 
-@given(seeds)
-@settings(max_examples=30, deadline=None)
-def test_pair_iou_equals_box_iou_in_every_bit(seed):
-    rng = np.random.default_rng(seed)
-    corners = rng.normal(0, 30, (2, 25, 2))
-    for types in ((torch.float32,) * 2, (torch.float64,) * 2, (torch.float32, torch.float64)):
-        boxes, anchors = (
-            torch.tensor(np.concatenate([c, c + rng.exponential(20, c.shape)], 1), dtype=t)
-            for c, t in zip(corners, types, strict=True)
-        )
-        found = pair_iou(boxes[:, :, None].unbind(1), anchors.unbind(1))
-        assert torch.equal(found, box_iou(boxes, anchors))
-
-
-def test_the_search_holds_few_pairs_at_once(monkeypatch):
-    # Many anchors and many boxes: no more pairs are evaluated at once than the constant says.
-    sizes = []
-
-    def spy(boxes, anchors):
-        sizes.append(boxes[0].numel() * anchors[0].numel())
-        return torch.zeros(boxes[0].shape[0], anchors[0].shape[-1])
-
-    monkeypatch.setattr(matching, "pair_iou", spy)
-    levels = [torch.rand(1_000_000, 4), torch.rand(3, 4)]
-    SearchMatcher(levels, torch.float32, CPU).match(torch.rand(70, 4))
-    assert max(sizes) <= matching.PAIRS
-    assert sum(sizes) == 70 * 1_000_003
-
-
 def test_the_second_look_holds_few_pairs_at_once(monkeypatch):
     pairs = []
-    real = matching.pair_iou
+    real = grid.pair_iou
 
     def spy(boxes, anchors):
         iou = real(boxes, anchors)
         pairs.append(iou.numel())
         return iou
 
-    monkeypatch.setattr(matching, "pair_iou", spy)
+    monkeypatch.setattr(grid, "pair_iou", spy)
     layout = legacy_layout(FASTER, (512, 640))
     matcher = grid_matcher(layout)
     matcher.tolerance = matcher.anchor_noise = math.inf
     # Boxes as large as the image: all anchors lie in them.
     boxes = torch.tensor([[0.0, 0, 639.7, 511.9]]).repeat(20, 1)
     matcher.match(boxes)
-    assert max(pairs) <= matching.PAIRS
+    assert max(pairs) <= grid.PAIRS
     assert sum(pairs) > sum(len(anchors) for anchors in layout.anchors())
-
-
-@settings(max_examples=50, deadline=None)
-@given(seed=seeds, sizes=st.lists(st.integers(1, 200), min_size=2, max_size=6, unique=True))
-@example(seed=0, sizes=[8, 16, 32, 64, 128])
-@example(seed=0, sizes=[8, 32])  # a gap between 64 and 128
-@example(seed=0, sizes=[8, 12])  # an overlap
-def test_fcos_levels_are_those_of_its_ranges(seed, sizes):
-    rng = np.random.default_rng(seed)
-    low = rng.uniform(0, 100, (200, 2))
-    boxes = np.concatenate([low, low + np.exp(rng.uniform(0, 7, (200, 2)))], 1)
-    boxes = torch.tensor(boxes, dtype=torch.float32)
-    level, iou = RangeMatcher(sorted(sizes), CPU).match(boxes)
-    assert level.tolist() == oracle.fcos_levels(sorted(sizes), boxes)
-    assert not iou.any()
-
-
-def test_fcos_levels_are_those_that_its_own_loss_gives():
-    # Each box lies with its centre on an anchor point of every level; the loss then gives this
-    # point to the box on exactly one level.
-    class Head:
-        def compute_loss(self, targets, head_outputs, anchors, matched):
-            return matched
-
-    sizes = [8, 16, 32, 64, 128]
-    centres = torch.tensor([[512.0, 512, 512, 512]])
-    anchors = [centres + torch.tensor([[-s / 2, -s / 2, s / 2, s / 2]]) for s in sizes]
-    fcos = FCOS.__new__(FCOS)
-    torch.nn.Module.__init__(fcos)
-    fcos.head, fcos.center_sampling_radius = Head(), 1.5
-    rng = np.random.default_rng(0)
-    half = torch.tensor(np.exp(rng.uniform(0, 6.2, (300, 2))), dtype=torch.float32)
-    boxes = torch.cat([512 - half, 512 + half], 1)
-    level, _ = RangeMatcher(sizes, CPU).match(boxes)
-    for box, mine in zip(boxes, level.tolist(), strict=True):
-        (matched,) = fcos.compute_loss([{"boxes": box[None]}], {}, [torch.cat(anchors)], [1] * 5)
-        assert (matched >= 0).nonzero().flatten().tolist() == [mine]
-
-
-def test_a_box_on_the_border_of_two_ranges_is_the_coarser_levels():
-    # Every anchor point but the exact centre is farther from some side than half the longer side.
-    boxes = torch.tensor([[0.0, 0, 128, 10], [0, 0, 127.9, 10]])
-    assert RangeMatcher([8, 16], CPU).match(boxes)[0].tolist() == [1, 0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
