@@ -11,35 +11,40 @@ from pathlib import Path
 from benchmarks.targets import TARGETS, Entry, newest
 from benchmarks.workload import BOXES
 
-HEAD = """# Benchmarks
+HEAD = """---
+hide: [toc]
+---
 
-This page is made from `benchmarks/results.json`. In a clone,
+# Benchmarks
+
+What the library should keep to, and whether it does: the newest record of each case, made from
+`benchmarks/results.json`. Ratios of times and of memory are those of pairs, with the interval of
+their median; where the bound lies inside the interval, the pairs do not decide. A target of
+several cases is met if all of them keep the bound; its figure is the one that misses by most.
+"""
+METHOD = """Times are medians. Where a ratio has an interval, both sides were timed in turns; it is
+the distribution-free 95 % interval of the median over pairs (with fewer than six, their whole
+range). Large cases have six to eight pairs only. The kernel and what it is compared with were
+timed one after the other; programs that read a file and the command line in processes of their
+own. What is empty was not measured: no GPU was at hand since its cases came in, and a folded
+pyramid is for inference. Other work on the machine widens the intervals: `stock` in the table of
+the pyramid shows by how much.
+
+The CPU's cores are virtual ones and share their host: one and the same call of the kernel was
+seen to take 23 ms for some seconds, and 57 ms for the next ones. Earlier runs of the same cases
+stay in the results file.
+
+In a clone,
 
 ```bash
 python -m pip install -e ".[bench]"
 python -m benchmarks
 ```
 
-measures all of it again, in about 13 minutes on two CPU cores, adds the records to that file, and
-renders this page. `-k` chooses cases, as in pytest; with `ALPHAFPN_RESULTS=file.json` the records
-go there and the page stays.
-
-Times are medians. Where a ratio has an interval, both sides were timed in turns; it is the
-distribution-free 95 % interval of the median over pairs (with fewer than six, their whole range).
-Large cases have six to eight pairs only. The kernel and what it is compared with were timed one
-after the other; programs that read a file and the command line in processes of their own. What is
-empty was not measured: no GPU was at hand since its cases came in, and a folded pyramid is for
-inference.
+measures all of it again, in about 13 minutes on two CPU cores, adds the records to that file,
+and renders this page. `-k` chooses cases, as in pytest; with `ALPHAFPN_RESULTS=file.json` the
+records go there and the page stays.
 """
-# The figure of a record that runs are compared by: the first of these that it has.
-FIGURES = {
-    "times_faster": "times faster",
-    "ratio": "ratio",
-    "ours_over_this": "ours over this",
-    "extra_mib": "MiB",
-    "median_s": "seconds",
-    "candidate_median_s": "seconds",
-}
 
 HERE = Path(__file__).parent
 KEPT = HERE / "results.json"
@@ -56,46 +61,54 @@ def render() -> None:
 
 
 def page(entries: list[Entry]) -> str:
-    """The page in Markdown."""
+    """The page in Markdown: the targets, and all else folded."""
     last = newest(entries)
-    sections = (_devices, _kernel, _file, _pyramid, _scaling, _targets)
-    return "\n".join([HEAD, *(section(last) for section in sections), _twice(entries)])
-
-
-def _devices(entries: list[Entry]) -> str:
-    rows = {(e["device"], e["date"], e["python"], e["torch"], e["torchvision"]) for e in entries}
-    return _table(("device", "date", "Python", "torch", "torchvision"), sorted(rows))
+    folded = {
+        "Levels of 860,000 boxes": _kernel,
+        "From file to factors": _file,
+        "The pyramid": _pyramid,
+        "How it grows": _scaling,
+        "How it was measured, and how to do it again": _method,
+    }
+    return "\n".join([HEAD, _targets(last), *(_fold(k, f(last)) for k, f in folded.items())])
 
 
 def _targets(entries: list[Entry]) -> str:
-    rows, reasons = [], []
+    rows, reasons, missing = [], [], []
     for target in TARGETS:
         outcomes = target.outcomes(entries)
         for device, entry, measured, verdict in outcomes:
-            where = _where(entry) if entry else device.split(",")[0]
-            rows.append((target.what, target.limit, where, measured, verdict))
+            if entry is None:
+                missing.append(f"{target.what} ({_name(device)})")
+                continue
+            note = f" ({entry['note']})" if "note" in entry else ""
+            rows.append((target.what, measured, target.limit, verdict, _name(device) + note))
         if target.why and any(outcome.verdict.startswith("not met") for outcome in outcomes):
             reasons.append(f"- **{target.what}**: {target.why}\n")
-    return "\n".join(
-        [
-            "## Targets",
-            "",
-            "The newest record of each case. A target of several cases is met if all of them keep "
-            "the bound; the figure is the one that misses it by most. Other work on the machine "
-            "widens the intervals: `stock` in the table of the pyramid shows by how much. Where "
-            "the bound lies inside the interval, the pairs do not decide.",
-            "",
-            _table(("what", "target", "device", "measured", "verdict"), rows),
-            *(["Why some are missed:\n", "".join(reasons)] if reasons else []),
-        ]
-    )
+    devices = sorted({e["device"] for e in entries})
+    named = "; ".join(f"{_name(device)} is {device.removeprefix('CPU, ')}" for device in devices)
+    parts = [
+        _table(("what", "measured", "target", "verdict", "device"), rows),
+        *([f"{named}.\n"] if named else []),
+        *([f"Not measured: {'; '.join(missing)}.\n"] if missing else []),
+        *([_fold("Why some are missed", "".join(reasons))] if reasons else []),
+    ]
+    return "\n".join(parts)
+
+
+def _method(entries: list[Entry]) -> str:
+    rows = {(e["device"], e["date"], e["python"], e["torch"], e["torchvision"]) for e in entries}
+    table = _table(("device", "date", "Python", "torch", "torchvision"), sorted(rows))
+    return f"{table}\n{METHOD}"
+
+
+def _fold(title: str, text: str) -> str:
+    return f'<details markdown="1">\n<summary>{title}</summary>\n\n{text}\n</details>\n'
 
 
 def _kernel(entries: list[Entry]) -> str:
     return "\n".join(
         [
-            "## Levels of 860,000 boxes",
-            "",
             "800 x 1088 pixels, P2-P6: 217,413 anchors with 3 shapes a position, 652,239 with 9. "
             "The baseline is `torchvision.ops.box_iou(...).max(1)` on a sample, per box; in the "
             "same run every clear box of the sample gets the level that brute force gives.",
@@ -167,8 +180,6 @@ def _scaling(entries: list[Entry]) -> str:
     ]
     return "\n".join(
         [
-            "## How it grows",
-            "",
             "![Time against boxes and anchors](images/benchmark-scaling.png)",
             "",
             "Time of 300 padded shapes over one; of plain tensors over a layout; of irregular "
@@ -192,12 +203,9 @@ def _file(entries: list[Entry]) -> str:
     sizes = sorted({f"{e['file_mib']:.0f} MiB" for e in _of(entries, "file/")})
     return "\n".join(
         [
-            "## From file to factors",
-            "",
             f"{', '.join(['118,287 images', '860,001 annotations with polygons', *sizes])}; times "
             "without imports, memory beyond what the imports take. Typed decoding is part of what "
-            "estimate_alpha_for does: a ratio below 1 between them is noise, as the other runs "
-            "under [Measured again](#measured-again) show.",
+            "estimate_alpha_for does: a ratio below 1 between them is noise.",
             "",
             _records(
                 entries,
@@ -252,8 +260,6 @@ def _pyramid(entries: list[Entry]) -> str:
     ]
     return "\n".join(
         [
-            "## The pyramid",
-            "",
             "Times over those of the stock pyramid, in the same rounds. `stock` is a second stock "
             "pyramid: what the machine itself adds. The last columns are the operations that the "
             "factors add, timed on their own, over the time of the whole stock pyramid.",
@@ -288,38 +294,8 @@ def _pyramid(entries: list[Entry]) -> str:
     )
 
 
-def _twice(entries: list[Entry]) -> str:
-    """What a case gave in other runs on the same device."""
-    runs: dict[tuple[str, str], list[Entry]] = defaultdict(list)
-    for e in sorted(entries, key=lambda e: e["date"]):
-        runs[e["name"], e["device"]].append(e)
-    rows = []
-    for (name, device), found in runs.items():
-        field = next((f for f in FIGURES if all(f in e for e in found)), None)
-        if len(found) > 1 and field:
-            *before, last = found
-            earlier = ", ".join(_dated(e, field) for e in before)
-            rows.append((name, device.split(",")[0], FIGURES[field], earlier, _dated(last, field)))
-    return "\n".join(
-        [
-            "## Measured again",
-            "",
-            "The same cases in earlier runs on the same device; the tables above have the last. "
-            "The CPU's cores are virtual ones and share their host: one and the same call of the "
-            "kernel was seen to take 23 ms for some seconds, and 57 ms for the next ones.",
-            "",
-            _table(("case", "device", "figure", "before", "last"), sorted(rows)),
-        ]
-    )
-
-
 def _of(entries: list[Entry], prefix: str) -> list[Entry]:
     return [e for e in entries if e["name"].startswith(prefix)]
-
-
-def _dated(entry: Entry, field: str) -> str:
-    when = ", ".join([entry["date"], *([entry["note"]] if "note" in entry else [])])
-    return f"{_digits(entry[field])} ({when})"
 
 
 def _ratio(entry: Entry | None) -> str:
@@ -331,12 +307,13 @@ def _added(entry: Entry | None) -> str:
     return f"{entry['added_over_stock']:.2%}" if entry and "added_over_stock" in entry else ""
 
 
-def _digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+def _name(device: str) -> str:
+    """The device in a word: ``CPU``, ``H100``."""
+    return device.split(",")[0].removeprefix("NVIDIA ").split()[0]
 
 
 def _short(entry: Entry) -> str:
-    return f"{entry['device'].split(',')[0]} {entry['date']}"
+    return f"{_name(entry['device'])} {entry['date']}"
 
 
 def _where(entry: Entry) -> str:

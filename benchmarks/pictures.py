@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +18,8 @@ from matplotlib.patches import Rectangle
 from alphafpn import AnchorLayout, estimate_alpha
 from alphafpn.estimate.matching.grid import GridMatcher
 
-IMAGES = Path(__file__).parents[1] / "docs" / "images"
+DOCS = Path(__file__).parents[1] / "docs"
+IMAGES = DOCS / "images"
 COLOURS = ("#4c78a8", "#f58518")
 
 
@@ -59,6 +64,18 @@ def algorithm1(path: Path) -> None:
     pyplot.close(figure)
 
 
+def worked_example(images: Path) -> None:
+    """The pictures that the blocks of the worked example save."""
+    page = (DOCS / "worked-example.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.chdir(folder):
+            exec("\n".join(blocks), {})
+        for picture in Path(folder).glob("worked-example-*.png"):
+            shutil.copy(picture, images)
+
+
 if __name__ == "__main__":
     IMAGES.mkdir(parents=True, exist_ok=True)
     algorithm1(IMAGES / "algorithm1.png")
+    worked_example(IMAGES)

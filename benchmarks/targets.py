@@ -82,7 +82,6 @@ class Target:
         if low < self.bound < high:
             verdict += " (bound inside the interval)"
         if len(cases) > 1:
-            measured += f": {worst['name'].removeprefix(self.prefix)}"
             verdict += f", {kept} of {len(cases)} cases keep it"
         return Outcome(device, worst, measured, verdict)
 
@@ -129,17 +128,17 @@ TARGETS = (
         form="{:,.0f}",
         why="The fewer shapes, the less there is to gain: brute force grows with the anchors, the "
         "kernel with the shapes. How fast two virtual cores share an operation changes from run to "
-        "run, see the last section.",
+        "run.",
     ),
     Target(
-        "300 padded shapes of images, over one shape",
+        "300 padded shapes of images, over one",
         "shapes/300 against 1",
         1.5,
         why="With several shapes each box first has to look up the grid of its own image.",
     ),
     Target("Plain tensors, over a layout", "plain tensors/", 1.2, on="CPU"),
     Target(
-        "Irregular anchors: times faster than the whole matrix",
+        "Irregular anchors: times faster than the matrix",
         "irregular/",
         3.0,
         least=True,
@@ -163,7 +162,7 @@ TARGETS = (
         on="CPU",
     ),
     Target(
-        "File to factors: times faster than pycocotools' loading alone",
+        "File to factors: times faster than pycocotools' loading",
         "file/pycocotools",
         3.5,
         field="ours_over_this",
@@ -207,7 +206,7 @@ TARGETS = (
     ),
     # What the pairs are too wide to show on a busy CPU.
     Target(
-        "The operations that fixed factors add, on their own, over the stock pyramid",
+        "Operations that fixed factors add, over the stock pyramid",
         "pyramid/fixed/",
         0.01,
         field="added_over_stock",
@@ -215,7 +214,7 @@ TARGETS = (
         form="{:.2%}",
     ),
     Target(
-        "The operations that learnable factors add, on their own, over the stock pyramid",
+        "Operations that learnable factors add, over the stock pyramid",
         "pyramid/learnable/",
         0.03,
         field="added_over_stock",
@@ -231,7 +230,7 @@ TARGETS = (
         why="On a busy CPU the pairs are wider apart than the bound, stock over stock as well.",
     ),
     Target(
-        "Train step, fixed factors: saved for the backward pass, over stock",
+        "Train step, fixed factors: tensors saved, over stock",
         "train step/fixed",
         1.0,
         field="saved_for_backward_ratio",

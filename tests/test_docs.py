@@ -75,6 +75,10 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_python_blocks_run(page, monkeypatch):
     left_out = run_page(page, monkeypatch)
+    saved = re.findall(r'savefig\("(.+?)"', page.read_text("utf-8"))
+    for picture in saved:
+        assert (ROOT / "docs" / "images" / picture).exists(), "draw: python -m benchmarks.pictures"
+        assert Path(picture).stat().st_size > 5000
     if left_out:
         pytest.skip(f"ran {page.name} except: {', '.join(left_out)}")
 
