@@ -28,6 +28,9 @@ CONTROLS = (
     ("S-alpha", "", "equal"),
 )
 LEARNT = (("learnable 1",), ("learnable S-alpha",))
+# Real blood cells: the same images at five sizes, so that the same cells lie on other levels.
+CELLS = tuple(f"cells /{divisor} one class" for divisor in (4, 5, 6, 8, 10))
+THREE_CLASSES = ("cells /5", "cells /10")
 # The rate that did best with alpha = 1 in the pilots, whose seed is not among those of the runs.
 RATES = {
     ("scratch", "adamw"): 6e-3,
@@ -35,12 +38,14 @@ RATES = {
     ("scratch", "sgd"): 3e-2,
     ("pretrained", "sgd"): 3e-2,
 }
+_CELL_RATES = {"adamw": 4e-3, "sgd": 3e-2}
 _PILOT_SEED = 100
 
 
 def _config(data: str, seed: int, weights: str, optimizer: str, *kind: str) -> Config:
-    steps = 400 if weights == "scratch" else 300
-    rate = RATES[weights, optimizer]
+    cells = data.startswith("cells")
+    steps = 400 if weights == "scratch" and not cells else 300
+    rate = _CELL_RATES[optimizer] if cells else RATES[weights, optimizer]
     return Config(data, seed, *kind, weights=weights, optimizer=optimizer, rate=rate, steps=steps)
 
 
@@ -66,6 +71,12 @@ def _pilots() -> Iterator[Config]:
 
 
 _ALL = tuple((alpha,) for alpha in (*CONSTANTS, "S-alpha"))
+_ON_CELLS = (
+    *((alpha,) for alpha in ("1", "S-alpha", "0", "0.2", "0.5", "1.4", "2", "S-alpha unclamped")),
+    CONTROLS[0],
+    CONTROLS[2],
+    CONTROLS[3],
+)
 _SOME = (*((alpha,) for alpha in (*FEW, "S-alpha")), CONTROLS[0], CONTROLS[2])
 PARTS: dict[str, Callable[[int], Iterator[Config]]] = {
     "main": _part("scratch", "adamw", (*_ALL, *CONTROLS)),
@@ -74,5 +85,8 @@ PARTS: dict[str, Callable[[int], Iterator[Config]]] = {
     "pretrained": _part("pretrained", "adamw", _SOME),
     "sgd": _part("scratch", "sgd", _SOME),
     "pretrained-sgd": _part("pretrained", "sgd", _SOME),
+    "cells": _part("scratch", "adamw", _ON_CELLS, CELLS),
+    "cells-sgd": _part("scratch", "sgd", (*_SOME, ("S-alpha unclamped",)), CELLS),
+    "cells-classes": _part("scratch", "adamw", _SOME, THREE_CLASSES),
 }
 PILOTS = tuple(_pilots())
