@@ -1,16 +1,13 @@
 """Fusion factors for torchvision's feature pyramids (Gong et al., WACV 2021)."""
 
-from alphafpn.anchors import AnchorLayout
-from alphafpn.estimate import AlphaEstimate
+from alphafpn.estimate import AlphaEstimate, AnchorLayout, estimate_alpha, estimate_alpha_for
 from alphafpn.gradients import gradient_shares
-from alphafpn.pipeline import estimate_alpha_for
 from alphafpn.pyramid import (
     AlphaFeaturePyramidNetwork,
     AttentionAlpha,
     LearnableAlpha,
     alpha_parameters,
 )
-from alphafpn.statistics import estimate_alpha
 from alphafpn.surgery import fold_alpha, patch_detector, unpatch_detector
 
 __all__ = [

@@ -14,12 +14,16 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-if TYPE_CHECKING:
-    from torch import nn
+import torch
+from torch import nn
+from torchvision.models import detection, get_model_builder, list_models
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-    from alphafpn.estimate import AlphaEstimate
+from alphafpn import AlphaEstimate, __version__, estimate_alpha_for
+from alphafpn.axes import new_axes
+from alphafpn.estimate.result.report import warnings
 
 TINY = ("tiny_retinanet", "tiny_faster_rcnn")
 
@@ -53,7 +57,7 @@ def _fail(message: str) -> NoReturn:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="alphafpn", description="Fusion factors for tiny-object detectors.")
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=f"alphafpn {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     estimate = commands.add_parser(
@@ -118,9 +122,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _estimate(options: argparse.Namespace) -> None:
-    from alphafpn.pipeline import estimate_alpha_for
-    from alphafpn.report import warnings
-
     kind = None if options.plot is None else _picture_kind(options.plot)
     model = _detector(options)
     estimate = estimate_alpha_for(
@@ -141,9 +142,6 @@ def _estimate(options: argparse.Namespace) -> None:
 
 def _detector(options: argparse.Namespace) -> nn.Module:
     """The detector by name, without weights: only its anchors and sizes matter."""
-    import torch
-    from torchvision.models import detection, get_model_builder, list_models
-
     names = [name for name in list_models(module=detection) if "_fpn" in name]
     if options.detector not in (*names, *TINY):
         raise ValueError(
@@ -173,8 +171,6 @@ def _set_anchors(
     model: nn.Module, sizes: list[tuple[float, ...]] | None, ratios: list[float] | None
 ) -> None:
     """Gives `model` other anchors; its head would no longer fit, but it is not used."""
-    from torchvision.models.detection.anchor_utils import AnchorGenerator
-
     owner: Any = getattr(model, "rpn", model)
     old = owner.anchor_generator
     if sizes is not None and len(sizes) != len(old.sizes):
@@ -189,8 +185,6 @@ def _set_anchors(
 
 def _picture_kind(path: Path) -> str:
     """The file format, found before the counting so that no mistake comes after it."""
-    from alphafpn.plotting import new_axes
-
     kinds = new_axes().figure.canvas.get_supported_filetypes()
     kind = path.suffix.lstrip(".") or "png"
     if kind not in kinds:
@@ -226,12 +220,6 @@ def _demo(options: argparse.Namespace) -> None:
 
     outcome = run_demo(out=options.out, images=options.images, annotations=options.annotations)
     print(json.dumps(outcome, allow_nan=False, indent=2))
-
-
-def _version() -> str:
-    from alphafpn import __version__
-
-    return f"alphafpn {__version__}"
 
 
 def _positive(text: str) -> int:

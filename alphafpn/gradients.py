@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import FeaturePyramidNetwork
 
+from alphafpn.axes import new_axes
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -54,9 +56,20 @@ class GradientShares:
         Args:
             axes: matplotlib axes to draw on; new ones by default.
         """
-        from alphafpn.plotting import plot_gradient_shares
-
-        return plot_gradient_shares(self, axes)
+        axes = new_axes() if axes is None else axes
+        palette = ["#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#9d755d"]
+        rows = self.shares.nan_to_num().tolist()
+        base = [0.0] * len(rows)
+        for j, name in enumerate(self.level_names):
+            heights = [row[j] for row in rows]
+            color = palette[j % len(palette)]
+            axes.bar(self.feature_names, heights, bottom=base, width=0.6, label=name, color=color)
+            base = [low + height for low, height in zip(base, heights, strict=True)]
+        axes.set_ylabel("share of the gradient")
+        axes.set_xlabel("backbone feature")
+        axes.set_ylim(0, 1)
+        axes.legend(title="through", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        return axes
 
 
 def gradient_shares(

@@ -31,8 +31,16 @@ import torchvision
 from torch import nn
 
 from alphafpn import estimate_alpha_for, fold_alpha, patch_detector
-from alphafpn._scenes import as_coco, as_tensors, drawn_scenes
-from alphafpn.demo import MEASURE, Settings, _batches, _detect, _detector, _evaluate, _train
+from alphafpn.demo.scenes import as_coco, as_tensors, drawn_scenes
+from alphafpn.demo.training import (
+    MEASURE,
+    Settings,
+    batches,
+    detect,
+    evaluate,
+    small_detector,
+    train_detector,
+)
 from benchmarks.paper import results
 from benchmarks.paper.config import hash_of
 from benchmarks.paper.pairs import mean_of
@@ -99,11 +107,11 @@ class Laboratory:
         self.first, self.val, self.second = (as_tensors(part) for part in (first, val, second))
         self.truth = as_coco("val", val)
         items = [((image.shape[-2], image.shape[-1]), boxes) for image, boxes in self.second]
-        self.estimate = estimate_alpha_for(_detector(settings), items)
+        self.estimate = estimate_alpha_for(small_detector(settings), items)
 
     def figure(self, model: nn.Module) -> float:
         """AP50_tiny on the scenes to evaluate on; leaves the model in training mode."""
-        found = _evaluate(self.truth, _detect(model.eval(), self.val))[MEASURE]
+        found = evaluate(self.truth, detect(model.eval(), self.val))[MEASURE]
         model.train()
         return found
 
@@ -113,13 +121,13 @@ class Laboratory:
         name = hash_of({**dataclasses.asdict(settings), "seeds": seed})
         path = self.folder / f"{name}.pt"
         if not path.exists():
-            model, _ = _train(1.0, self.first, seed, settings, lambda: None)
+            model, _ = train_detector(1.0, self.first, seed, settings, lambda: None)
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}")
             torch.save({"weights": model.state_dict(), "figure": self.figure(model)}, partial)
             partial.replace(path)
         kept = torch.load(path, weights_only=True)
-        model = _detector(settings, 1.0)
+        model = small_detector(settings, 1.0)
         model.load_state_dict(kept["weights"])
         return model.train(), kept["figure"]
 
@@ -133,8 +141,8 @@ class Laboratory:
         change(model, way, target)
         optimizer = _optimizer(model, config)
         losses: list[float] = []
-        batches = _batches(self.second, seed, self.plan.pretraining.batch)
-        for step, (images, targets) in enumerate(itertools.islice(batches, self.plan.steps)):
+        endless = batches(self.second, seed, self.plan.pretraining.batch)
+        for step, (images, targets) in enumerate(itertools.islice(endless, self.plan.steps)):
             if way == RAMP:
                 share = min(step / self.plan.ramp, 1.0)
                 patch_detector(model, [1 + share * (factor - 1) for factor in target])

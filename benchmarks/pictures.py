@@ -12,7 +12,7 @@ from matplotlib import pyplot
 from matplotlib.patches import Rectangle
 
 from alphafpn import AnchorLayout, estimate_alpha
-from alphafpn.matching import GridMatcher
+from alphafpn.estimate.matching.grid import GridMatcher
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 COLOURS = ("#4c78a8", "#f58518")

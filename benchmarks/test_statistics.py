@@ -17,8 +17,8 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 from alphafpn import AnchorLayout, estimate_alpha
-from alphafpn.matching import GridMatcher
-from alphafpn.statistics import count_levels
+from alphafpn.estimate.counting import count_levels
+from alphafpn.estimate.matching.grid import GridMatcher
 from benchmarks.pairs import interleave, spread, timed
 from benchmarks.workload import BOXES, SIZE, boxes, layout
 

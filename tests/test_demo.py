@@ -11,10 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from alphafpn import demo
-from alphafpn._scenes import as_tensors, drawn_scenes, own_scenes
-from alphafpn.demo import BASELINE, ESTIMATED, Settings, run_demo
-from alphafpn.pipeline import estimate_alpha_for
+from alphafpn.demo import BASELINE, ESTIMATED, Settings, run, run_demo, training
+from alphafpn.demo.scenes import as_tensors, drawn_scenes, own_scenes
+from alphafpn.estimate.for_detector import estimate_alpha_for
 
 SMALL = Settings(side=64, train=8, val=4, steps=3, channels=8, seeds=(0,))
 LEARNING = Settings(side=64, train=12, val=6, steps=30, channels=16, seeds=(0,))
@@ -62,7 +61,7 @@ def own(tmp_path):
 @pytest.fixture
 def no_picture(monkeypatch):
     """Spares the second that drawing takes."""
-    monkeypatch.setattr(demo, "_picture", lambda *args: b"picture")
+    monkeypatch.setattr(run, "draw_picture", lambda *args: b"picture")
 
 
 # Drawn scenes
@@ -95,7 +94,7 @@ def test_the_factors_of_the_full_demo_lie_inside_the_clamp():
     settings = Settings()
     scenes = as_tensors(list(drawn_scenes(settings.train, settings.side, seed=0)))
     items = [(image.shape[1:], boxes) for image, boxes in scenes]
-    estimate = estimate_alpha_for(demo._detector(settings), items)
+    estimate = estimate_alpha_for(training.small_detector(settings), items)
     assert estimate.alpha == estimate.ratios
     assert all(0.25 < ratio < 1 for ratio in estimate.ratios)
 
@@ -116,7 +115,7 @@ def test_the_outcome_is_what_is_on_the_disk(finished):
 
 def test_the_files_are_a_data_set_with_the_factors_that_were_used(finished):
     out, outcome = finished
-    estimate = estimate_alpha_for(demo._detector(LEARNING), out / "data" / "train.json")
+    estimate = estimate_alpha_for(training.small_detector(LEARNING), out / "data" / "train.json")
     assert list(estimate.alpha) == outcome["estimate"]["alpha"]
     assert list(estimate.counts) == outcome["estimate"]["counts"]
     for entry in coco(out / "data" / "val.json")["images"]:
@@ -146,7 +145,7 @@ def test_the_folded_stock_detector_finds_the_same(finished):
 def test_a_pair_starts_alike_and_learns(monkeypatch):
     scenes = as_tensors(list(drawn_scenes(8, 64, seed=0)))
     seen = []
-    real = demo._detector
+    real = training.small_detector
 
     def recording(*args):
         model = real(*args)
@@ -156,11 +155,11 @@ def test_a_pair_starts_alike_and_learns(monkeypatch):
         seen.append((state, batches))
         return model
 
-    monkeypatch.setattr(demo, "_detector", recording)
-    _, first_loss = demo._train(1.0, scenes, 0, Settings(steps=1, channels=16), int)
-    _, last_loss = demo._train(1.0, scenes, 0, Settings(steps=30, channels=16), int)
+    monkeypatch.setattr(training, "small_detector", recording)
+    _, first_loss = training.train_detector(1.0, scenes, 0, Settings(steps=1, channels=16), int)
+    _, last_loss = training.train_detector(1.0, scenes, 0, Settings(steps=30, channels=16), int)
     assert last_loss < 0.8 * first_loss
-    demo._train([0.3, 0.4, 0.5], scenes, 0, Settings(steps=3, channels=16), int)
+    training.train_detector([0.3, 0.4, 0.5], scenes, 0, Settings(steps=3, channels=16), int)
     _, (state, batches), (other_state, other_batches) = seen
     assert all(torch.equal(tensor, other_state[name]) for name, tensor in state.items())
     assert all(torch.equal(a, b) for a, b in zip(batches, other_batches, strict=False))
@@ -171,15 +170,15 @@ def test_detections_are_compared_whatever_their_order():
     boxes = torch.tensor([[0.0, 0, 8, 8], [20, 20, 30, 34]])
     found = [{"boxes": boxes, "scores": torch.tensor([0.9, 0.5])}]
     moved = [{"boxes": boxes.flip(0) + 1e-3, "scores": torch.tensor([0.5, 0.9])}]
-    difference = demo._difference(found, moved)
+    difference = run._difference(found, moved)
     assert difference["same"]
     assert difference["largest_difference_in_pixels"] == pytest.approx(1e-3, rel=1e-2)
     fewer = [{"boxes": boxes[:1], "scores": torch.tensor([0.9])}]
-    assert demo._difference(found, fewer)["without_partner"] == 1
+    assert run._difference(found, fewer)["without_partner"] == 1
     worse = [{"boxes": boxes, "scores": torch.tensor([0.9, 0.6])}]
-    assert demo._difference(found, worse)["without_partner"] == 2
+    assert run._difference(found, worse)["without_partner"] == 2
     nothing = [{"boxes": boxes[:0], "scores": torch.zeros(0)}]
-    assert demo._difference(nothing, nothing)["same"]
+    assert run._difference(nothing, nothing)["same"]
 
 
 # A user's own data
@@ -281,7 +280,7 @@ def test_an_interrupted_run_leaves_no_outcome_and_can_be_repeated(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "_train", interrupted)
+        patch.setattr(run, "train_detector", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_demo(tmp_path, settings=SMALL)
     names = set(contents(tmp_path))
@@ -352,7 +351,7 @@ def test_files_that_are_not_there(own, tmp_path):
 
 def test_without_tiny_objects_there_is_nothing_to_compare(tmp_path, monkeypatch):
     large = (np.zeros((64, 64, 3), np.uint8), [{"bbox": [0.0, 0.0, 60.0, 60.0]}])
-    monkeypatch.setattr(demo, "own_scenes", lambda *args: (1.0, [large], [large]))
+    monkeypatch.setattr(run, "own_scenes", lambda *args: (1.0, [large], [large]))
     with pytest.raises(ValueError, match=r"large\.json: expected tiny objects"):
         run_demo(tmp_path / "out", tmp_path, tmp_path / "large.json", settings=SMALL)
     assert not (tmp_path / "out").exists()

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.paper import published
-
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def sides(cells):
@@ -78,10 +75,8 @@ def test_boxes_of_a_pixel_and_ignored_ones_do_not_count():
         ("Faster R-CNN", False, (0.530, 0.701, 1.056)),
     ],
 )
-def test_tinyperson_s_factors(detector, dense, expected):
-    path = SHARED / "tinyperson_native_boxes.json"
-    if not path.exists():
-        pytest.skip(f"{path} is missing")
-    tiles = published.tiles_of(json.loads(path.read_bytes()), dense=dense)
+def test_tinyperson_s_factors(data_file, detector, dense, expected):
+    content = json.loads(data_file("tinyperson_native_boxes.json").read_bytes())
+    tiles = published.tiles_of(content, dense=dense)
     estimate = published.count(tiles, published.ANCHORS[detector])
     assert estimate.ratios == pytest.approx(expected, abs=0.001)

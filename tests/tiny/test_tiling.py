@@ -6,7 +6,6 @@ import json
 import math
 import multiprocessing
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from PIL import Image
 from alphafpn.tiny.tiling import cut_dataset, merge_detections, read_tile
 
 unhurried = settings(deadline=None, max_examples=50)
-SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 
 def corners(width, height, **options):
@@ -264,11 +262,8 @@ def test_boxes_well_inside_come_back_alone():
     assert sorted(d["bbox"] for d in merge_detections(detections, cut)) == sorted(boxes)
 
 
-def test_real_boxes_up_to_the_overlap_are_all_in_some_tile():
-    path = SHARED / "data/tinyperson_native_boxes.json"
-    if not path.exists():
-        pytest.skip(f"{path} is missing")
-    source = json.loads(path.read_text())
+def test_real_boxes_up_to_the_overlap_are_all_in_some_tile(data_file):
+    source = json.loads(data_file("tinyperson_native_boxes.json").read_text())
     source["images"] = source["images"][:150]
     ids = {image["id"] for image in source["images"]}
     source["annotations"] = [a for a in source["annotations"] if a["image_id"] in ids]

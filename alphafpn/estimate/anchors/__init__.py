@@ -1,0 +1,1 @@
+"""What anchors lie where on an image: layouts, and the view of a detector that has them."""

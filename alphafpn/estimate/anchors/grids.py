@@ -1,0 +1,94 @@
+"""`GridLevel`: a level's anchors as cell anchors on a grid; and the search for it in tensors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Cell = tuple[float, float, float, float]
+
+# Cell anchors that are looked for in plain tensors.
+MAX_CELLS = 64
+
+
+class GridLevel(NamedTuple):
+    """Anchors of one level: `cells` repeated at `stride` over `size` positions; (y, x) order.
+
+    `anchors` are the anchors themselves, [size[0] * size[1] * len(cells), 4] in (row, column, cell)
+    order, where they are not exactly ``cell + index * stride`` in arithmetic of `dtype`.
+    """
+
+    cells: tuple[Cell, ...]
+    stride: tuple[float, float]
+    size: tuple[int, int]
+    dtype: torch.dtype = torch.float32
+    anchors: Tensor | None = None
+
+
+def recognise_grid(anchors: Tensor) -> GridLevel | None:
+    """The grid that anchors [N, 4] lie on, or None where they are no regular grid.
+
+    Expects torchvision's order: row by row, and within a position the cell anchors.
+    """
+    if len(anchors) == 0:
+        return None
+    low, high = torch.stack(anchors.aminmax()).tolist()
+    slack = 4 * torch.finfo(anchors.dtype).eps * max(-low, high, 1.0)
+    # The next position starts with a copy of the first anchor, to the right of it or below.
+    moved = anchors[1 : MAX_CELLS + 1] - anchors[0]
+    copies = ((moved[:, :2] - moved[:, 2:]).abs() <= slack).all(1)
+    copies &= ((moved > slack) | (moved.abs() <= slack)).all(1) & (moved.abs() <= slack).any(1)
+    candidates = [int(i) + 1 for i in copies.nonzero()]
+    if len(anchors) <= MAX_CELLS:
+        candidates.append(len(anchors))
+    grids = (_grid_of(anchors, num_cells, slack) for num_cells in candidates)
+    return next((grid for grid in grids if grid is not None), None)
+
+
+def _grid_of(anchors: Tensor, num_cells: int, slack: float) -> GridLevel | None:
+    """The grid with `num_cells` anchors at each position, if it is one within `slack` pixels."""
+    if len(anchors) % num_cells:
+        return None
+    tops = anchors[::num_cells, 1]
+    below = ((tops - tops[0]).abs() > slack).nonzero()
+    columns = int(below[0]) if len(below) else len(tops)
+    if len(tops) % columns:
+        return None
+    grid = anchors.view(-1, columns, num_cells, 4)
+    size = len(grid), columns
+    cells = grid[0, 0]
+    strides, shifts = [], []
+    for d, last in enumerate((grid[-1, 0, 0, 1], grid[0, -1, 0, 0])):
+        steps = size[d] - 1
+        step = float(last - cells[0, 1 - d]) / steps if steps else 1.0
+        # Anchors are often sums of whole strides, so a step that may be whole is.
+        if round(step) and abs(step - round(step)) * steps <= slack:
+            step = float(round(step))
+        if step <= 0:
+            return None
+        strides.append(step)
+        shifts.append(torch.arange(size[d], device=anchors.device, dtype=anchors.dtype) * step)
+    shift_y, shift_x = shifts[0][:, None, None], shifts[1][:, None]
+    error = torch.stack(
+        [
+            (cells[:, k] + shift - grid[..., k]).abs().max()
+            for k, shift in enumerate((shift_x, shift_y) * 2)
+        ]
+    )
+    worst = float(error.max())
+    if worst > slack:
+        return None
+    return GridLevel(
+        as_tuples(cells),
+        (strides[0], strides[1]),
+        size,
+        anchors.dtype,
+        anchors if worst > 0 else None,
+    )
+
+
+def as_tuples(cells: Tensor) -> tuple[Cell, ...]:
+    """Returns boxes [N, 4] as what a `GridLevel` holds."""
+    return tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in cells.tolist())

@@ -1,0 +1,128 @@
+"""`estimate_alpha_for`: from a detector and its data set to fusion factors, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from alphafpn.estimate.anchors.detector import DetectorView, Size
+from alphafpn.estimate.anchors.distinct import check_distinct
+from alphafpn.estimate.anchors.layout import AnchorLayout, describe, largest
+from alphafpn.estimate.annotations.columns import Annotations
+from alphafpn.estimate.annotations.read import read_annotations
+from alphafpn.estimate.checks import check_clamp
+from alphafpn.estimate.counting import LevelCounts, count_levels
+from alphafpn.estimate.matching.grid import GridMatcher
+from alphafpn.estimate.matching.ranges import RangeMatcher
+from alphafpn.estimate.matching.search import Matcher
+from alphafpn.estimate.result.alpha_estimate import AlphaEstimate
+
+
+def estimate_alpha_for(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    category_ids: Collection[int] | None = None,
+    clamp: tuple[float, float] | None = (0.2, 2.0),
+    progress: bool = False,
+) -> AlphaEstimate:
+    """Fusion factors for a detector on a data set, in the coordinates that its network sees.
+
+    Levels, anchors, resize, padding and K are the detector's own. Each image is resized and padded
+    as if alone in its batch; where training chooses among several ``min_size``, each counts with
+    equal weight. No image is opened where the annotations hold the sizes. The model stays as it is.
+
+    FCOS matches no anchors: its levels follow its regression ranges.
+
+    Args:
+        model: a torchvision detector with a feature pyramid.
+        dataset: a path to a COCO-format JSON file; an iterable of ``((height, width), boxes)`` with
+            boxes [n, 4] xyxy in original pixels; or a torchvision-style data set whose targets hold
+            ``boxes``.
+        category_ids: count only boxes of these categories.
+        clamp: (lower, upper) bound of the factors, or None.
+        progress: show a progress bar on stderr while a data set is read item by item.
+
+    Raises:
+        TypeError: if `model` or `dataset` is of another kind.
+        ValueError: if an annotation is broken, no boxes are left, or two levels of the detector
+            cannot be told apart (torchvision's MobileNet detectors).
+    """
+    clamp = check_clamp(clamp)
+    view = DetectorView(model)
+    annotations = read_annotations(dataset, category_ids=category_ids, progress=progress)
+    counts: LevelCounts | None = None
+    every: list[AnchorLayout] = []
+    for min_size in view.min_sizes:
+        layouts, layout, scale = _layouts(view, annotations, min_size)
+        every += layouts
+        boxes = _resized(annotations, scale)
+        matcher: Matcher
+        if view.is_fcos:
+            sizes = [float(cells[0, 2] - cells[0, 0]) for cells in layouts[0].cell_anchors]
+            matcher = RangeMatcher(sizes, boxes.device)
+        else:
+            check_distinct(largest(layouts), "the detector")
+            grids = [lay._levels for lay in layouts]
+            matcher = GridMatcher(grids, boxes.dtype, boxes.device)
+        found = count_levels(
+            matcher,
+            boxes,
+            torch.from_numpy(annotations.counts),
+            len(layouts[0].cell_anchors),
+            layout if len(layouts) > 1 else None,
+        )
+        counts = found if counts is None else counts + found
+    assert counts is not None
+    limit = view.detections_per_image
+    return counts.estimate(
+        view.num_fused_levels,
+        clamp,
+        len(annotations.boxes),
+        follows_iou=not view.is_fcos,
+        **describe(every, len(every[0].cell_anchors)),
+        left_out=dict(annotations.left_out),
+        num_clipped=annotations.num_clipped,
+        detections_per_image=limit,
+        num_crowded=0 if limit is None else int((annotations.counts > limit).sum()),
+    )
+
+
+def _layouts(
+    view: DetectorView, annotations: Annotations, min_size: int | None
+) -> tuple[list[AnchorLayout], Tensor, np.ndarray[Any, np.dtype[np.float32]]]:
+    """The different layouts, which of them each image has, and each image's scale (y, x)."""
+    # Sizes repeat: work is per different size, and per different padded shape.
+    key = annotations.sizes[:, 0] << 32 | annotations.sizes[:, 1]
+    unique, first, size_of_image = np.unique(key, return_index=True, return_inverse=True)
+    index: dict[Size, int] = {}
+    layouts: list[AnchorLayout] = []
+    layout_of_size = np.empty(len(unique), dtype=np.int64)
+    scale = np.empty((len(unique), 2), dtype=np.float32)
+    for i, both in enumerate(unique.tolist()):
+        size = (both >> 32, both & 0xFFFFFFFF)
+        try:
+            resized, padded = view.frame(size, min_size)
+        except ValueError as error:
+            raise ValueError(f"image {first[i]}: {error}") from None
+        if padded not in index:
+            index[padded] = len(layouts)
+            layouts.append(AnchorLayout(*view.anchor_grids(padded)))
+        layout_of_size[i] = index[padded]
+        # `resize_boxes` divides in float32.
+        scale[i] = np.asarray(resized, np.float32) / np.asarray(size, np.float32)
+    return layouts, torch.from_numpy(layout_of_size[size_of_image]), scale[size_of_image]
+
+
+def _resized(annotations: Annotations, scale: np.ndarray[Any, np.dtype[np.float32]]) -> Tensor:
+    """Boxes [G, 4] in pixels of the resized images."""
+    if (scale == 1).all():
+        return torch.from_numpy(annotations.boxes)
+    factors = torch.from_numpy(np.ascontiguousarray(scale[:, ::-1]).repeat(2, axis=0))
+    # One row (x, y, x, y) per image, then one per box.
+    rows = factors.view(-1, 4).repeat_interleave(torch.from_numpy(annotations.counts), 0)
+    return rows.mul_(torch.from_numpy(annotations.boxes))

@@ -1,0 +1,1 @@
+"""Which pyramid level holds the best anchor of each box. Pure tensors."""

@@ -1,0 +1,82 @@
+"""`Matcher`, the contract of all searches, and `SearchMatcher`, for any anchors: every pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# Box-anchor pairs evaluated at once where pairs are evaluated, and boxes among them.
+PAIRS = 1 << 18
+SEARCH_ROWS = 64
+
+
+class Matcher(Protocol):
+    """Gives each box the level of its best-IoU anchor."""
+
+    device: torch.device
+
+    def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Level (int64 [B]) and IoU [B] of the best anchor of each box [B, 4] (xyxy).
+
+        The level is the number of levels where a box overlaps no anchor. `layout` [B] tells which
+        of the matcher's layouts each box lies on.
+        """
+        ...
+
+
+class SearchMatcher:
+    """Exact best level for any anchors: every box-anchor pair, in blocks that stay in the cache.
+
+    Args:
+        levels: one tensor of anchors [N_l, 4] (xyxy) per level, finest first.
+        dtype: of the computation; `device` likewise.
+        device: where the boxes are.
+    """
+
+    def __init__(self, levels: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> None:
+        self.levels = [level.to(device).t().contiguous() for level in levels]
+        self.dtype, self.device = dtype, device
+        # Other devices have no such cache and are slow to start: there, half a GiB at once.
+        more = 1 if device.type == "cpu" else 8
+        self.rows, self.pairs = more * SEARCH_ROWS, more**2 * PAIRS
+
+    def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Matcher.match`."""
+        level = torch.full((len(boxes),), len(self.levels), device=self.device)
+        best = torch.zeros(len(boxes), dtype=self.dtype, device=self.device)
+        for start in range(0, len(boxes), self.rows):
+            part = slice(start, start + self.rows)
+            for i, anchors in enumerate(self.levels):
+                value = self._best_iou(boxes[part], anchors)
+                level[part].masked_fill_(value > best[part], i)
+                torch.maximum(best[part], value, out=best[part])
+        return level, best
+
+    def _best_iou(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+        best = torch.zeros(len(boxes), dtype=self.dtype, device=self.device)
+        for chunk in anchors.split(max(1, self.pairs // max(1, len(boxes))), dim=1):
+            iou = pair_iou(boxes[:, :, None].unbind(1), chunk.unbind(0))
+            torch.maximum(best, best_of(iou), out=best)
+        return best
+
+
+def pair_iou(boxes: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
+    """IoU of boxes and anchors given as columns (x1, y1, x2, y2) that broadcast.
+
+    Operation for operation `torchvision.ops.box_iou`, so equal to it in every bit, also where boxes
+    and anchors are of different types.
+    """
+    (x1, y1, x2, y2), (ax1, ay1, ax2, ay2) = boxes, anchors
+    width = (torch.minimum(x2, ax2) - torch.maximum(x1, ax1)).clamp_(min=0)
+    height = (torch.minimum(y2, ay2) - torch.maximum(y1, ay1)).clamp_(min=0)
+    inter = width * height
+    union = (x2 - x1) * (y2 - y1) + (ax2 - ax1) * (ay2 - ay1) - inter
+    return inter.div_(union)
+
+
+def best_of(iou: Tensor) -> Tensor:
+    """Largest IoU in each row; 0 / 0, of a box and an anchor without area, is no overlap."""
+    return iou.flatten(1).amax(1).nan_to_num_(nan=0.0)

@@ -1,0 +1,1 @@
+"""The estimate: factors, the counts they come from, report and picture."""

@@ -1,0 +1,192 @@
+"""`AlphaEstimate`: fusion factors, with the counts they come from and how far to trust them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, overload
+
+import msgspec
+import torch
+
+from alphafpn.estimate.checks import check_clamp, check_num_fused_levels
+from alphafpn.estimate.result import picture, report
+from alphafpn.estimate.result.factors import IOU_BINS, LevelStatistics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, repr=False)
+class AlphaEstimate(LevelStatistics, Sequence[float]):
+    """Fusion factors of a data set (S-alpha), with the counts they come from.
+
+    Immutable; a sequence of the K-1 clamped factors, finest edge first: the first one weights the
+    edge from the second-finest level into the finest.
+
+    Attributes:
+        counts: boxes whose best-IoU anchor is on each level. With several input sizes a box counts
+            once for each.
+        moments: sums over images of products of their counts, levels by levels.
+        level_names: finest level first.
+        num_fused_levels: K.
+        num_images: images, with or without boxes.
+        num_boxes: boxes, once each.
+        num_unmatched: boxes that overlap no anchor; in no level's count.
+        num_sizes: input sizes that each image was counted at.
+        clamp: (lower, upper) bound of the factors, or None.
+        iou_histogram: boxes by best IoU in hundredths; None where levels do not follow IoU.
+        iou_sums: per level, sum of best IoUs, in units of 2**-20.
+        size_sum: sum of sqrt(width * height) in pixels, in units of 2**-10.
+        strides: per level, in pixels, the largest over images; empty for irregular anchors.
+        anchors_per_cell: per level; empty for irregular anchors, or where images differ.
+        left_out: boxes of the data set that were not counted, by reason.
+        num_clipped: boxes that reached beyond their image by more than a pixel, and were clipped.
+        detections_per_image: the detector's cap, where known.
+        num_crowded: images with more boxes than that cap.
+    """
+
+    def __repr__(self) -> str:
+        """Short; `summary` has the rest."""
+        name, values = ("ratios", self.ratios) if self.clamp is None else ("alpha", self.alpha)
+        factors = ", ".join(f"{value:.4g}" for value in values)
+        return (
+            f"AlphaEstimate({name}=({factors}), counts={self.counts}, "
+            f"num_images={self.num_images}, num_boxes={self.num_boxes})"
+        )
+
+    def __len__(self) -> int:
+        return self.num_fused_levels - 1
+
+    @overload
+    def __getitem__(self, index: int) -> float: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[float, ...]: ...
+    def __getitem__(self, index: int | slice) -> float | tuple[float, ...]:
+        return self.alpha[index]
+
+    def merge(self, other: AlphaEstimate) -> AlphaEstimate:
+        """Both shards as if counted together.
+
+        Raises:
+            TypeError: if `other` is no AlphaEstimate.
+            ValueError: if they were counted on different levels or under different settings.
+        """
+        if not isinstance(other, AlphaEstimate):
+            raise TypeError(f"an AlphaEstimate expected, found {type(other).__name__}")
+        for name in (
+            "level_names", "num_fused_levels", "num_sizes", "clamp", "detections_per_image",
+        ):  # fmt: skip
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise ValueError(f"cannot merge: {name} is {mine} here and {theirs} there")
+        if (self.iou_histogram is None) != (other.iou_histogram is None):
+            raise ValueError("cannot merge: levels follow IoU in one shard and not in the other")
+        reasons = sorted({*self.left_out, *other.left_out})
+        same_cells = self.anchors_per_cell == other.anchors_per_cell
+        merged: dict[str, Any] = {
+            "left_out": {r: self.left_out.get(r, 0) + other.left_out.get(r, 0) for r in reasons},
+            # Empty where either is.
+            "strides": tuple(max(pair) for pair in zip(self.strides, other.strides, strict=False)),
+            "anchors_per_cell": self.anchors_per_cell if same_cells else (),
+        }
+        for name in (
+            "counts", "moments", "iou_histogram", "iou_sums", "num_images", "num_boxes",
+            "num_unmatched", "size_sum", "num_clipped", "num_crowded",
+        ):  # fmt: skip
+            merged[name] = _add(getattr(self, name), getattr(other, name))
+        rest: dict[str, Any] = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in merged
+        }
+        return AlphaEstimate(**rest, **merged)
+
+    def all_reduce(self) -> AlphaEstimate:
+        """The same over all processes of the default `torch.distributed` group.
+
+        Every process gets the estimate of all shards together; a shard may be empty. Without an
+        initialised process group there is one shard, this one.
+        """
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return self
+        shards: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(shards, self.to_dict())
+        result = AlphaEstimate.from_dict(shards[0])
+        for shard in shards[1:]:
+            result = result.merge(AlphaEstimate.from_dict(shard))
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as strict JSON: lists, and None for what is not finite."""
+        result = {name: _jsonable(value) for name, value in asdict(self).items()}
+        result["ratios"] = _jsonable(self.ratios)
+        try:
+            result["alpha"] = list(self.alpha)
+        except ValueError:
+            result["alpha"] = None
+        result["confidence_interval"] = _jsonable(self.confidence_interval())
+        return result
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> AlphaEstimate:
+        """The inverse of `to_dict`; derived entries are computed anew.
+
+        Raises:
+            TypeError: if `data` is no dict.
+            ValueError: if an entry is missing or does not fit the others.
+        """
+        if not isinstance(data, dict):
+            raise TypeError(f"a dict expected, found {type(data).__name__}")
+        missing = [f.name for f in fields(cls) if f.name not in data]
+        if missing:
+            raise ValueError(f"the dict of an AlphaEstimate lacks {missing[0]!r}")
+        try:
+            estimate = msgspec.convert(data, type=cls)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"the dict of an AlphaEstimate: {error}") from None
+        num_levels = len(estimate.counts)
+        lengths = {
+            "level_names": {len(estimate.level_names)},
+            "moments": {len(estimate.moments), *map(len, estimate.moments)},
+            "iou_sums": {len(estimate.iou_sums)},
+            "strides": {len(estimate.strides) or num_levels},
+            "anchors_per_cell": {len(estimate.anchors_per_cell) or num_levels},
+        }
+        for name, found in lengths.items():
+            if found != {num_levels}:
+                raise ValueError(f"{name}: {num_levels} entries expected, found {sorted(found)}")
+        if estimate.iou_histogram is not None and len(estimate.iou_histogram) != IOU_BINS:
+            raise ValueError(
+                f"iou_histogram: {IOU_BINS} entries expected, found {len(estimate.iou_histogram)}"
+            )
+        check_num_fused_levels(estimate.num_fused_levels, num_levels)
+        check_clamp(estimate.clamp)
+        return estimate
+
+    def summary(self) -> str:
+        """The table a person reads: levels, objects, factors, and what to be wary of."""
+        return report.summary(self)
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Objects per level and the factors between them (needs the extra ``plot``).
+
+        Args:
+            axes: matplotlib axes to draw on; new ones by default.
+        """
+        return picture.plot(self, axes)
+
+
+def _add(x: Any, y: Any) -> Any:
+    """Sum of numbers, or of nested tuples of them element by element."""
+    if isinstance(x, tuple):
+        return tuple(_add(a, b) for a, b in zip(x, y, strict=True))
+    return None if x is None else x + y
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_jsonable(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,377 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from torch import nn
+from torchvision.models import detection, get_model
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign
+
+from alphafpn import AnchorLayout, estimate_alpha, estimate_alpha_for
+from tests import oracle
+from tests.anchor_sets import seeds
+
+
+def small_backbone(out_channels=32):
+    body = nn.Sequential(*(nn.Conv2d(3, 3, 3, stride, 1) for stride in (4, 2, 2)))
+    return BackboneWithFPN(body, {"0": "0", "1": "1", "2": "2"}, [3] * 3, out_channels)
+
+
+def small_detector(kind="retinanet", sizes=(8, 16, 32, 64), **kwargs):
+    kwargs = {"min_size": 64, "max_size": 100, **kwargs}
+    ratios = (1.0,) if kind == "fcos" else (0.5, 1.0, 2.0)
+    generator = AnchorGenerator(tuple((s,) for s in sizes), (ratios,) * len(sizes))
+    if kind == "faster":
+        return detection.FasterRCNN(
+            small_backbone(),
+            2,
+            rpn_anchor_generator=generator,
+            box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 7, 2),
+            **kwargs,
+        )
+    cls = detection.FCOS if kind == "fcos" else detection.RetinaNet
+    return cls(small_backbone(), 2, anchor_generator=generator, **kwargs)
+
+
+def seen_by_the_network(model, size, boxes, min_size=None):
+    """Anchors per level and boxes, by the detector's own transform and anchor generator."""
+    generator = getattr(model, "rpn", model).anchor_generator
+    transform = model.transform
+    training, min_sizes = transform.training, getattr(transform, "min_size", None)
+    if min_size is not None:
+        transform.eval().min_size = (min_size,)
+    image = torch.empty(3, *size, device="meta")
+    images, (target,) = transform([image], [{"boxes": boxes}])
+    transform.train(training).min_size = min_sizes
+    with torch.no_grad():
+        maps = model.backbone(torch.zeros(images.tensors.shape)).values()
+    levels = [
+        m.shape[2] * m.shape[3] * len(c) for m, c in zip(maps, generator.cell_anchors, strict=True)
+    ]
+    (anchors,) = generator(ImageList(images.tensors, images.image_sizes), list(maps))
+    return list(anchors.split(levels)), target["boxes"]
+
+
+def draw_dataset(rng, count=6):
+    """Images of sizes that repeat, some of them without boxes; boxes within their images."""
+    shapes = [(50, 70), (64, 64), (33, 90), (120, 80)]
+    dataset = []
+    for _ in range(count):
+        height, width = shapes[rng.integers(len(shapes))]
+        number = int(rng.integers(0, 6))
+        low = rng.uniform(0, 0.8, (number, 2)) * [width, height]
+        high = np.minimum(low + np.exp(rng.normal(2, 1, (number, 2))), [width, height])
+        boxes = torch.tensor(np.concatenate([low, high], 1), dtype=torch.float32)
+        dataset.append(((height, width), boxes))
+    # One box at least.
+    dataset.append(((64, 64), torch.tensor([[3.0, 4, 17, 21]])))
+    return dataset
+
+
+def counted(model, dataset, min_sizes=(None,)):
+    """Algorithm 1 on what the network sees, at each size; None where rounding would decide."""
+    num_levels = len(getattr(model, "rpn", model).anchor_generator.cell_anchors)
+    counts, unmatched = np.zeros(num_levels, int), 0
+    for min_size in min_sizes:
+        seen = [seen_by_the_network(model, *item, min_size) for item in dataset]
+        for levels, boxes in seen:
+            for row in oracle.level_ious(levels, boxes):
+                if not oracle.is_clear(row):
+                    return None
+        found, missed, _ = oracle.counts(*zip(*seen, strict=True))
+        counts, unmatched = counts + found, unmatched + missed
+    return tuple(counts.tolist()), unmatched
+
+
+MODELS = {
+    "retinanet": {},
+    "faster": {},
+    "several min_size": {"min_size": (48, 64, 80)},
+    "fixed_size": {"fixed_size": (90, 60)},
+    "tiny anchors": {"sizes": (2, 4, 6, 8)},
+}
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=seeds)
+@pytest.mark.parametrize("name", MODELS)
+def test_counts_are_those_of_what_the_network_sees(name, seed):
+    rng = np.random.default_rng(seed)
+    kwargs = {k: v for k, v in MODELS[name].items() if k != "sizes"}
+    if name == "tiny anchors":
+        kwargs["sizes"] = MODELS[name]["sizes"]
+    model = small_detector("faster" if name == "faster" else "retinanet", **kwargs).eval()
+    dataset = draw_dataset(rng)
+    min_sizes = kwargs.get("min_size", (None,))
+    expected = counted(model, dataset, min_sizes)
+    assume(expected is not None)
+    estimate = estimate_alpha_for(model, dataset)
+    assert (estimate.counts, estimate.num_unmatched) == expected
+    assert estimate.num_images == len(dataset)
+    assert estimate.num_boxes == sum(len(boxes) for _, boxes in dataset)
+    assert estimate.num_sizes == len(min_sizes)
+    assert estimate.num_fused_levels == 3
+
+
+@pytest.mark.parametrize("sizes", [(8, 16, 32, 64), (2, 4, 8, 16), (2, 4, 24, 28)])
+def test_fcos_counts_follow_its_regression_ranges(sizes):
+    dataset = draw_dataset(np.random.default_rng(0), 60)
+    model = small_detector("fcos", sizes, min_size=(32, 64), max_size=200).eval()
+    counts = [0] * 5
+    for min_size in (32, 64):
+        for item in dataset:
+            _, boxes = seen_by_the_network(model, *item, min_size)
+            for level in oracle.fcos_levels(sizes, boxes):
+                counts[level] += 1
+    estimate = estimate_alpha_for(model, dataset)
+    assert (*estimate.counts, estimate.num_unmatched) == tuple(counts)
+    assert estimate.iou_histogram is None
+    with pytest.raises(ValueError, match="regression ranges"):
+        estimate.recall(0.5)
+
+
+def test_one_size_is_estimate_alpha_on_what_the_network_sees():
+    dataset = draw_dataset(np.random.default_rng(0), 40)
+    model = small_detector().eval()
+    anchors = [AnchorLayout.from_detector(model, size) for size, _ in dataset]
+    boxes = [seen_by_the_network(model, *item)[1] for item in dataset]
+    estimate = estimate_alpha_for(model, dataset)
+    direct = estimate_alpha(anchors, boxes)
+    assert estimate.detections_per_image == 300
+    for name in ("counts", "moments", "iou_histogram", "iou_sums", "size_sum", "level_names"):
+        assert getattr(estimate, name) == getattr(direct, name)
+    assert estimate.strides == direct.strides
+    assert estimate.anchors_per_cell == direct.anchors_per_cell == (3,) * 4
+
+
+def test_several_sizes_count_alike():
+    dataset = draw_dataset(np.random.default_rng(1), 40)
+    one = [estimate_alpha_for(small_detector(min_size=s), dataset) for s in (48, 80)]
+    both = estimate_alpha_for(small_detector(min_size=(48, 80)), dataset)
+    assert both.counts == tuple(a + b for a, b in zip(*(e.counts for e in one), strict=True))
+    assert both.num_boxes == one[0].num_boxes
+    assert both.mean_size == pytest.approx((one[0].mean_size + one[1].mean_size) / 2)
+    assert both.recall(0) == 1
+    # The same size twice tells nothing new: intervals stay as wide.
+    twice = estimate_alpha_for(small_detector(min_size=(48, 48)), dataset)
+    assert twice.ratios == one[0].ratios
+    for a, b in zip(twice.confidence_interval(), one[0].confidence_interval(), strict=True):
+        assert a == pytest.approx(b)
+
+
+class Halved(GeneralizedRCNNTransform):
+    def resize(self, image, target=None):
+        height, width = (n // 2 for n in image.shape[-2:])
+        small = torch.nn.functional.interpolate(image[None], size=(height, width))[0]
+        if target is not None:
+            target = {**target, "boxes": target["boxes"] / 2}
+        return small, target
+
+
+def test_a_resize_of_ones_own():
+    model = small_detector(min_size=(40, 64))
+    model.transform = Halved((40, 64), 100, [0.5] * 3, [0.5] * 3)
+    dataset = [((120, 90), torch.tensor([[2.0, 4, 33, 20], [50, 30, 58, 44]]))]
+    estimate = estimate_alpha_for(model, dataset)
+    assert (estimate.counts, estimate.num_unmatched) == counted(model, dataset)
+    assert estimate.num_sizes == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_images_that_come_resized(training):
+    model = small_detector(_skip_resize=True, min_size=(40, 64)).train(training)
+    dataset = [((96, 64), torch.tensor([[2.0, 4, 33, 20], [50, 30, 58, 44]]))]
+    estimate = estimate_alpha_for(model, dataset)
+    assert estimate.num_sizes == (1 if training else 2)
+    min_sizes = (None,) if training else (40, 64)
+    assert (estimate.counts, estimate.num_unmatched) == counted(model, dataset, min_sizes)
+
+
+def snapshot(model):
+    """All that a caller could notice of a change."""
+    return {
+        "parameters": [
+            (n, id(p), p.clone(), p.requires_grad, p.grad) for n, p in model.named_parameters()
+        ],
+        "buffers": [(n, id(b), b.clone()) for n, b in model.named_buffers()],
+        "modules": [(n, id(m), type(m), m.training) for n, m in model.named_modules()],
+        "attributes": [sorted(vars(m)) for m in model.modules()],
+        "hooks": [
+            [(name, list(hooks)) for name, hooks in vars(m).items() if "hooks" in name and hooks]
+            for m in model.modules()
+        ],
+        "transform": dict(vars(model.transform)),
+        "cells": [c.clone() for c in getattr(model, "rpn", model).anchor_generator.cell_anchors],
+        "random": [torch.get_rng_state(), random.getstate()],
+        "grad": torch.is_grad_enabled(),
+    }
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor | np.ndarray):
+        assert (torch.as_tensor(a) == torch.as_tensor(b)).all()
+    elif isinstance(a, dict):
+        assert_same(list(a.items()), list(b.items()))
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif not isinstance(a, torch.nn.Module):
+        assert a == b
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["retinanet", "faster", "fcos", "norm", "custom"])
+def test_the_model_stays_as_it_is(kind, training):
+    model = small_detector(kind if kind in ("faster", "fcos") else "retinanet", min_size=(48, 64))
+    if kind == "norm":
+        model.backbone.body.add_module("norm", nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5)))
+        model.backbone.body.return_layers = {"0": "0", "1": "1", "2": "2"}
+    if kind == "custom":
+        model.transform = Halved((48, 64), 100, [0.5] * 3, [0.5] * 3)
+    model.train(training)
+    model.backbone.body["0"].weight.requires_grad_(False)
+    model.backbone.body["1"].weight.grad = torch.ones_like(model.backbone.body["1"].weight)
+    called = []
+    for module in (model.backbone, model.backbone.fpn, model.transform):
+        module.register_forward_hook(lambda *_: called.append(1))
+    before = snapshot(model)
+    estimate_alpha_for(model, draw_dataset(np.random.default_rng(0)))
+    AnchorLayout.from_detector(model, (50, 60))
+    assert_same(snapshot(model), before)
+    assert not called
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_fpn"])
+def test_mobilenet_levels_cannot_be_told_apart(name):
+    with torch.device("meta"):
+        model = get_model(name, weights=None, weights_backbone=None)
+    with pytest.raises(
+        ValueError, match="the detector: all anchors of level 1 also lie on level 0"
+    ):
+        estimate_alpha_for(model, draw_dataset(np.random.default_rng(0)))
+
+
+def test_crowded_images_and_what_was_left_out(tmp_path):
+    model = small_detector("faster", box_detections_per_img=3)
+    image = {"height": 64, "width": 64}
+    box = {"category_id": 1, "bbox": [1, 2, 10, 12], "iscrowd": 0}
+    annotations = [{**box, "id": i, "image_id": 1 + i % 5 // 4} for i in range(10)]
+    annotations.append({**box, "id": 10, "image_id": 2, "iscrowd": 1})
+    path = tmp_path / "annotations.json"
+    data = {"images": [{**image, "id": 1}, {**image, "id": 2}], "annotations": annotations}
+    path.write_text(json.dumps(data))
+    estimate = estimate_alpha_for(model, path, clamp=None)
+    assert (estimate.num_crowded, estimate.detections_per_image) == (1, 3)
+    assert estimate.left_out == {"crowd": 1}
+    assert estimate.num_clipped == 0
+    assert (estimate.num_boxes, estimate.num_images) == (10, 2)
+    assert estimate.clamp is None
+    assert estimate_alpha_for(model, str(path), category_ids=[1]).counts == estimate.counts
+
+
+def test_corners_in_a_coco_file_are_warned_of(tmp_path):
+    model = small_detector("faster")
+    image = {"id": 1, "height": 64, "width": 64}
+    box = {"category_id": 1, "image_id": 1, "bbox": [30, 40, 42, 60]}
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps({"images": [image], "annotations": [box] * 3}))
+    estimate = estimate_alpha_for(model, path)
+    assert estimate.num_clipped == 3
+    assert "100% of the boxes reach beyond their image" in estimate.summary()
+
+
+def test_mistakes_are_named(tmp_path):
+    dataset = draw_dataset(np.random.default_rng(0))
+    for model in (None, nn.Linear(2, 2), "retinanet_resnet50_fpn"):
+        with pytest.raises(TypeError, match="a torchvision detector expected"):
+            estimate_alpha_for(model, dataset)
+    model = small_detector()
+    with pytest.raises(TypeError, match="clamp"):
+        estimate_alpha_for(model, dataset, clamp=2.0)
+    with pytest.raises(ValueError, match="expected boxes to count"):
+        estimate_alpha_for(model, [((64, 64), torch.zeros(0, 4))])
+    thin = [*dataset, ((2, 3000), torch.tensor([[1.0, 0, 5, 2]]))]
+    with pytest.raises(ValueError, match=rf"image {len(dataset)}: .*\(2, 3000\) is resized to \(0"):
+        estimate_alpha_for(model, thin)
+    model.anchor_generator.cell_anchors = model.anchor_generator.cell_anchors[:3]
+    with pytest.raises(ValueError, match=r"4 feature maps .* 3 levels"):
+        estimate_alpha_for(model, dataset)
+
+
+def test_a_default_device_changes_nothing():
+    dataset = draw_dataset(np.random.default_rng(0))
+    model = small_detector()
+    expected = estimate_alpha_for(model, dataset)
+    with torch.device("meta"):
+        assert estimate_alpha_for(model, dataset) == expected
+    with torch.inference_mode():
+        assert estimate_alpha_for(model, dataset) == expected
+
+
+def first_images(path, count, boxes_per_image):
+    """The first images of a real annotation file, with some boxes that are not ignored."""
+    data = json.loads(path.read_text())
+    images = data["images"][:count]
+    kept = {image["id"]: [] for image in images}
+    for annotation in data["annotations"]:
+        boxes = kept.get(annotation["image_id"])
+        if boxes is not None and not annotation.get("ignore") and len(boxes) < boxes_per_image:
+            boxes.append(annotation)
+    annotations = [annotation for boxes in kept.values() for annotation in boxes]
+    return {"images": images, "annotations": annotations, "categories": data["categories"]}
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("citypersons_train_boxes.json", "fasterrcnn_resnet50_fpn"),
+        ("tinyperson_native_boxes.json", "retinanet_resnet50_fpn_v2"),
+    ],
+)
+def test_real_boxes_equal_brute_force(tmp_path, data_file, file, name):
+    data = first_images(data_file(file), 100, 6)
+    path = tmp_path / "subset.json"
+    path.write_text(json.dumps(data))
+    with torch.device("meta"):
+        model = get_model(name, weights=None, weights_backbone=None).eval()
+    estimate = estimate_alpha_for(model, path)
+    per_image = {image["id"]: [] for image in data["images"]}
+    for annotation in data["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        per_image[annotation["image_id"]].append([x, y, x + w, y + h])
+    counts, unclear, layouts = [0] * len(estimate.counts), 0, {}
+    for image in data["images"]:
+        size = image["height"], image["width"]
+        boxes = torch.tensor(per_image[image["id"]]).reshape(-1, 4).clamp(min=0)
+        boxes = torch.minimum(boxes, torch.tensor([size[1], size[0]] * 2))
+        boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
+        fake = torch.empty(3, *size, device="meta")
+        images, (target,) = model.transform([fake], [{"boxes": boxes}])
+        if size not in layouts:
+            layouts[size] = AnchorLayout.from_detector(model, size).anchors()
+            maps = [
+                torch.empty(1, 1, *g) for g in AnchorLayout.from_detector(model, size).grid_sizes
+            ]
+            generator = getattr(model, "rpn", model).anchor_generator
+            (anchors,) = generator(ImageList(images.tensors, images.image_sizes), maps)
+            assert torch.equal(torch.cat(layouts[size]), anchors)
+        for row in oracle.level_ious(layouts[size], target["boxes"]):
+            counts[oracle.best_level(row)] += 1
+            unclear += not oracle.is_clear(row)
+    assert sum(counts) > 200
+    assert sum(abs(a - b) for a, b in zip(counts, estimate.counts, strict=True)) <= 2 * unclear
+    assert unclear < 5
+    with contextlib.suppress(ZeroDivisionError):
+        expected = oracle.ratios(counts, estimate.num_fused_levels)
+        assert unclear or estimate.ratios == pytest.approx(expected)
