@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.scenes.draw import SIDE, Family, Scene, draw
+from benchmarks.scenes.draw import Family, Scene, draw
 
 DATA = "ALPHAFPN_DATA"
 MEAN, DEVIATION = 0.45, 0.25  # of pixels from 0 to 1, in all channels
