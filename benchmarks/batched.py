@@ -1,7 +1,7 @@
 """The losses of `tiny_retinanet` for a whole batch at once, in place of a loop over its images.
 
-Images of a batch are of one size here, so that all of them share their anchors. Losses and gradients
-are those of `model(images, targets)` up to rounding; only the order of the sums differs.
+Images of a batch are of one size here, so that all of them share their anchors. Losses and
+gradients are those of `model(images, targets)` up to rounding; only the order of sums differs.
 """
 
 from __future__ import annotations

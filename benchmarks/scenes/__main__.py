@@ -25,7 +25,8 @@ from benchmarks.scenes.experiment import Config, run
 from benchmarks.scenes.plan import PARTS, PILOTS
 
 HERE = Path(__file__).resolve().parent
-RUNS = HERE.parents[1] / "runs" / "scenes"
+ROOT = HERE.parents[1]
+RUNS = ROOT / "runs" / "scenes"
 
 
 def work(todo: Sequence[Config], file: Path, folder: Path, minutes: float = math.inf) -> None:
@@ -72,14 +73,21 @@ def _line(config: Config) -> str:
 def main() -> None:
     """Does what the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("run", "pilot", "list"))
+    parser.add_argument("what", choices=("run", "pilot", "list", "report"))
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(6)))
     parser.add_argument("--budget-minutes", type=float, default=math.inf)
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--folder", type=Path, default=RUNS)
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "experiments.md")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.what == "report":
+        # Only here: it draws, and needs more libraries than a run.
+        from benchmarks.scenes.report import write
+
+        write(results.read([given.results]), given.page)
+        return
     if given.what == "pilot":
         work(PILOTS, given.results.with_name("pilots.jsonl"), given.folder, given.budget_minutes)
         return

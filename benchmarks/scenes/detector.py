@@ -27,7 +27,7 @@ def body() -> nn.Sequential:
 
 
 class _Backbone(BackboneWithFPN):  # type: ignore[misc]
-    """Modifications: a convolution and a ReLU follow each output map, for both parts of the head."""
+    """Modifications: a convolution and a ReLU follow each map, for both parts of the head."""
 
     def __init__(self) -> None:
         names = {f"c{i}": str(i) for i in range(2, 6)}

@@ -145,7 +145,7 @@ def _train_body() -> dict[str, Tensor]:
 
 
 def take_pretrained(model: Any, weights: dict[str, Tensor]) -> None:
-    """Puts pretrained weights into the detector; normalisation and the first stages stay as they are.
+    """Puts pretrained weights into the detector; normalisation and its first stages stay.
 
     As in the paper's recipe, C2 and what is before it are not trained.
     """
