@@ -96,7 +96,7 @@ def _laterals(model: Any, images: Tensor) -> list[Tensor]:
 
 
 def _rms(tensor: Tensor) -> float:
-    return float(tensor.square().mean().sqrt())
+    return float(tensor.detach().square().mean().sqrt())
 
 
 def pretrained(folder: Path) -> dict[str, Tensor]:
