@@ -1,0 +1,173 @@
+"""Data sets of the experiments: drawn scenes, and real blood cells at several sizes."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.scenes.draw import Family, Scene, draw
+
+DATA = "ALPHAFPN_DATA"
+MEAN, DEVIATION = 0.45, 0.25  # of pixels from 0 to 1, in all channels
+TRAIN, VAL = 320, 160  # scenes of a drawn data set
+_VAL_SEED = 1_000_000
+_MULTIPLE = 32
+
+Levels = tuple[tuple[float, ...], ...]
+# Sizes of anchors by level; drawn figures are less varied than cells, so that fewer shapes do.
+DRAWN_SIZES: Levels = tuple((size, size * 2**0.5) for size in (6.0, 12.0, 24.0, 48.0, 96.0))
+CELL_SIZES: Levels = tuple(
+    tuple(size * 2 ** (octave / 3) for octave in range(3)) for size in (8, 16, 32, 64, 128)
+)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What a run trains on and is judged on.
+
+    Attributes:
+        name: What results call it.
+        train: To train on. All are of one size.
+        val: To be judged on.
+        truth: The objects of `val` in COCO format.
+        classes: How many there are.
+        sizes: Anchor sizes by level.
+        ratios: Aspect ratios of the anchors, height over width.
+    """
+
+    name: str
+    train: Sequence[Scene]
+    val: Sequence[Scene]
+    truth: dict[str, Any]
+    classes: int
+    sizes: Levels
+    ratios: tuple[float, ...]
+
+    @functools.cached_property
+    def images(self) -> Tensor:
+        """Pixels as the network sees them: each image, then each mirrored, padded [2N, 3, H, W]."""
+        pixels = torch.stack([scene.pixels for scene in self.train])
+        both = torch.cat([pixels, pixels.flip(-1)])
+        height, width = (-(-side // _MULTIPLE) * _MULTIPLE for side in both.shape[-2:])
+        images = torch.zeros(len(both), 3, height, width)
+        images[..., : both.shape[-2], : both.shape[-1]] = (both / 255 - MEAN) / DEVIATION
+        return images.contiguous(memory_format=torch.channels_last)
+
+    @functools.cached_property
+    def boxes(self) -> list[Tensor]:
+        """Objects of `images`, xyxy [G_i, 4] each."""
+        boxes = [scene.boxes for scene in self.train]
+        width = self.train[0].pixels.shape[-1]
+        mirrored = [
+            torch.stack([width - x2, y1, width - x1, y2], 1)
+            for x1, y1, x2, y2 in (part.unbind(1) for part in boxes)
+        ]
+        return boxes + mirrored
+
+    @functools.cached_property
+    def labels(self) -> list[Tensor]:
+        """Classes of `boxes`, from 1."""
+        return 2 * [scene.labels for scene in self.train]
+
+    def items(self) -> list[tuple[tuple[int, int], Tensor]]:
+        """What S-alpha is counted from: sizes and boxes of the images to train on."""
+        return [(tuple(scene.pixels.shape[-2:]), scene.boxes) for scene in self.train]  # type: ignore[misc]
+
+
+def load(name: str, seed: int) -> DataSet:
+    """Makes the data set of a name.
+
+    Args:
+        name: `near .2/.2/.2` or `far .2/.8/.8`, see `Family`; or `cells /5` for all three classes
+            at a fifth of their size, `cells /5 one class` for all as one.
+        seed: Of the drawn scenes to train on. Those to be judged on are the same for all seeds.
+
+    Raises:
+        ValueError: If there is none of that name, or cells are asked for without the folder that
+            holds them in `ALPHAFPN_DATA`.
+    """
+    kind, _, rest = name.partition(" ")
+    try:
+        if kind == "cells":
+            divisor, _, merged = rest.removeprefix("/").partition(" ")
+            return _cells(name, int(divisor), one_class=bool(merged))
+        far = {"near": False, "far": True}[kind]
+        a, b, c = (float(ratio) for ratio in rest.split("/"))
+    except (KeyError, ValueError) as error:
+        if DATA in str(error):
+            raise
+        raise ValueError(f"no data set is named {name!r}") from None
+    return _drawn(Family((a, b, c), far), seed)
+
+
+def _drawn(family: Family, seed: int) -> DataSet:
+    val = draw(family, VAL, _VAL_SEED)
+    truth = _coco(val, 1)
+    train = draw(family, TRAIN, seed)
+    return DataSet(family.name, train, val, truth, 1, DRAWN_SIZES, (1.6,))
+
+
+def _cells(name: str, divisor: int, *, one_class: bool) -> DataSet:
+    from alphafpn.tiny import read_tile  # noqa: F401  (names the extra where pillow is missing)
+
+    folder = os.environ.get(DATA)
+    if not folder:
+        raise ValueError(f"{name}: expected the folder of the real data in {DATA}, found none")
+    splits = [
+        _read_cells(Path(folder) / "bccd", part, divisor, one_class) for part in ("train", "val")
+    ]
+    classes = 1 if one_class else 3
+    return DataSet(name, *splits, _coco(splits[1], classes), classes, CELL_SIZES, (0.5, 1.0, 2.0))
+
+
+def _read_cells(folder: Path, part: str, divisor: int, one_class: bool) -> list[Scene]:
+    import json
+
+    from PIL import Image
+
+    coco = json.loads((folder / f"{part}.json").read_text())
+    scenes = []
+    for entry in coco["images"]:
+        with Image.open(folder / "images" / entry["file_name"]) as file:
+            size = (entry["width"] // divisor, entry["height"] // divisor)
+            small = np.array(file.convert("RGB").resize(size, Image.Resampling.BOX))
+        marks = [mark for mark in coco["annotations"] if mark["image_id"] == entry["id"]]
+        boxes = torch.tensor([mark["bbox"] for mark in marks], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes *= torch.tensor([size[0] / entry["width"], size[1] / entry["height"]]).repeat(2)
+        boxes = torch.minimum(boxes.clamp_(min=0), torch.tensor([*size, *size]))
+        labels = torch.tensor([1 if one_class else mark["category_id"] for mark in marks])
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        pixels = torch.from_numpy(small).permute(2, 0, 1).contiguous()
+        scenes.append(Scene(pixels, boxes[keep], labels[keep].long()))
+    return scenes
+
+
+def _coco(scenes: Sequence[Scene], classes: int) -> dict[str, Any]:
+    images, marks = [], []
+    for index, scene in enumerate(scenes):
+        height, width = scene.pixels.shape[-2:]
+        images.append({"id": index, "width": width, "height": height})
+        for (x1, y1, x2, y2), label in zip(
+            scene.boxes.tolist(), scene.labels.tolist(), strict=True
+        ):
+            marks.append(
+                {
+                    "id": len(marks) + 1,
+                    "image_id": index,
+                    "category_id": label,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": label, "name": str(label)} for label in range(1, classes + 1)]
+    return {"images": images, "annotations": marks, "categories": categories}

@@ -1,0 +1,312 @@
+"""Turns records into pictures and tables: `python -m benchmarks.scenes report`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("agg")
+from matplotlib import pyplot
+
+from benchmarks.paper.pairs import Mean, mean_of
+from benchmarks.scenes.analysis import (
+    BASELINE,
+    BOTH,
+    EQUAL,
+    ESTIMATED,
+    FIRST,
+    HALF,
+    RATES,
+    Group,
+    follow,
+    groups,
+    holm,
+)
+
+_BEGIN, _END = "<!-- scenes: begin -->", "<!-- scenes: end -->"
+_RULES = ("0", "0.2", "0.5", BASELINE, ESTIMATED, HALF, FIRST)
+_FEWEST = 3  # seeds, for a kind to be shown
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
+_NAMES = {
+    BASELINE: "alpha = 1",
+    HALF: "half-way from S-alpha to 1",
+    FIRST: "first function only",
+    RATES: "rates only",
+    EQUAL: "1, laterals of equal RMS",
+    BOTH: "S-alpha, laterals of equal RMS",
+}
+_REGIMES = {
+    ("scratch", "adamw"): "from scratch, AdamW",
+    ("scratch", "sgd"): "from scratch, SGD",
+    ("pretrained", "adamw"): "pretrained backbone, AdamW",
+    ("pretrained", "sgd"): "pretrained backbone, SGD",
+}
+
+
+def write(records: Sequence[dict[str, Any]], page: Path) -> None:
+    """Writes the tables between the page's marks, and the pictures into `images/` beside it.
+
+    Raises:
+        ValueError: If the page lacks the marks.
+    """
+    before, begin, rest = page.read_text("utf-8").partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not (begin and end):
+        raise ValueError(f"{page}: expected the marks {_BEGIN} and {_END}")
+    found = groups(records)
+    drawn = [group for group in found if not group.data.startswith("cells")]
+    cells = [group for group in found if group.data.startswith("cells")]
+    images = page.parent / "images"
+    parts = []
+    if drawn:
+        curves(drawn, images / "scenes-curves.svg")
+        rules(drawn, images / "scenes-rules.svg")
+        parts += [
+            "![AP50_tiny against alpha = 1, by constant factor, for near and far scenes]"
+            "(images/scenes-curves.svg)",
+            "![How far each rule is below the best constant, mean and worst data set]"
+            "(images/scenes-rules.svg)",
+            peaks(drawn),
+            regrets(drawn),
+        ]
+    if cells:
+        on_cells(cells, images / "scenes-cells.svg")
+        parts.append(
+            "![AP50 of blood cells against alpha = 1 at each size](images/scenes-cells.svg)"
+        )
+        parts.append(peaks(cells))
+    parts += [_folded(regime, part) for regime, part in _by_regime(found)]
+    text = "\n\n".join(parts)
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", "utf-8")
+
+
+def _by_regime(found: Iterable[Group]) -> list[tuple[str, list[Group]]]:
+    result: dict[str, list[Group]] = {}
+    for group in found:
+        what = "blood cells" if group.data.startswith("cells") else "drawn scenes"
+        regime = f"{what}, {_REGIMES[group.weights, group.optimizer]}"
+        result.setdefault(regime, []).append(group)
+    return [(name, sorted(part, key=_order)) for name, part in sorted(result.items(), reverse=True)]
+
+
+def _order(group: Group) -> tuple[bool, str]:
+    return not group.data.startswith("near"), group.data
+
+
+def name_of(kind: str) -> str:
+    """What tables and pictures call a kind of factors."""
+    return _NAMES.get(kind, kind if not kind[0].isdigit() else f"alpha = {kind}")
+
+
+def _folded(regime: str, part: Sequence[Group]) -> str:
+    """All kinds of a regime against the baseline, in a block that opens on a click."""
+    kinds = list(dict.fromkeys(kind for group in part for kind in group.runs))
+    kinds.sort(key=lambda kind: (kind != BASELINE, not kind[0].isdigit(), kind))
+    verdicts = _verdicts(part, kinds)
+    seeds = sorted({len(group.values(BASELINE)) for group in part})
+    count = sum(len(runs) for group in part for runs in group.runs.values())
+    head = f"{regime}: {count} runs, {seeds[0]}"
+    head += f" to {seeds[-1]} seeds" if len(seeds) > 1 else " seeds"
+    lines = [
+        f'??? note "{head}"',
+        "",
+        "    | factors | " + " | ".join(group.data for group in part) + " |",
+        "    |" + "---|" * (len(part) + 1),
+    ]
+    for kind in kinds:
+        cells = []
+        for group in part:
+            values = group.values(kind)
+            if kind == BASELINE:
+                cells.append(f"{mean_of(list(values.values())).mean:.1f}")
+            elif values:
+                difference = mean_of(group.against(kind))
+                cells.append(_shown(difference) + "\\*" * verdicts.get((group.data, kind), False))
+            else:
+                cells.append("")
+        lines.append(f"    | {name_of(kind)} | " + " | ".join(cells) + " |")
+    smallest = [
+        mean_of(group.against(kind)).detectable
+        for group in part
+        for kind in kinds
+        if kind != BASELINE and len(group.against(kind)) > 1
+    ]
+    lines += ["    |  |" + "  |" * len(part)] * 0
+    measures = " and ".join(sorted({group.measure for group in part}))
+    lines += [
+        "",
+        f"    {measures} in percent: of the baseline, and differences to it of the same seed with "
+        "95 % t-intervals. \\*: below 0.05 after Holm's correction for all comparisons of this "
+        f"table. In the median, {np.median(smallest):.1f} points or more would be found in four of "
+        "five experiments."
+        if smallest
+        else "",
+    ]
+    return "\n".join(lines).rstrip()
+
+
+def _verdicts(part: Sequence[Group], kinds: Sequence[str]) -> dict[tuple[str, str], bool]:
+    pairs = [
+        (group, kind)
+        for group in part
+        for kind in kinds
+        if kind != BASELINE and len(group.against(kind)) >= _FEWEST
+    ]
+    values = holm([group.against(kind) for group, kind in pairs])
+    return {
+        (group.data, kind): value < 0.05 for (group, kind), value in zip(pairs, values, strict=True)
+    }
+
+
+def _shown(mean: Mean) -> str:
+    half = "" if math.isnan(mean.half) else f" ± {mean.half:.1f}"
+    return f"{mean.mean:+.1f}{half}"
+
+
+def peaks(found: Sequence[Group]) -> str:
+    """Where the best constant lies, and what it follows."""
+    lines = [
+        "| data | regime | seeds | S-alpha | forward share at alpha = 1, start | best constant | "
+        "best against alpha = 1 | S-alpha against alpha = 1 |",
+        "|---" * 8 + "|",
+    ]
+    shown = [g for _, part in _by_regime(found) for g in part if len(g.values(BASELINE)) >= _FEWEST]
+    for group in shown:
+        best = f"{group.peak:g}"
+        cells = [
+            group.data,
+            _REGIMES[group.weights, group.optimizer],
+            str(len(group.values(BASELINE))),
+            " ".join(f"{factor:.2g}" for factor in group.s_alpha),
+            " ".join(f"{share:.2f}" for share in group.shares(BASELINE, 0)),
+            best,
+            "" if best == BASELINE else _shown(mean_of(group.against(best))),
+            _shown(mean_of(group.against(ESTIMATED))),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    counts = [float(np.exp(np.mean(np.log(group.s_alpha)))) for group in shown]
+    shares = [float(np.mean(group.shares(BASELINE, 0))) for group in shown]
+    if len(shown) > 2:
+        for what, predictor in (("S-alpha", counts), ("the forward share", shares)):
+            c = follow(shown, predictor)
+            lines += [
+                "",
+                f"Rank correlation of the best constant with {what}: {c.value:+.2f} "
+                f"(95 % interval {c.low:+.2f} to {c.high:+.2f}; {c.count} data sets and regimes).",
+            ]
+    return "\n".join(lines)
+
+
+def regrets(found: Sequence[Group]) -> str:
+    """What each rule of thumb costs against the best constant of the data set."""
+    shown = [group for group in found if len(group.values(BASELINE)) >= _FEWEST]
+    families = {
+        "near": [group for group in shown if group.data.startswith("near")],
+        "far": [group for group in shown if group.data.startswith("far")],
+    }
+    lines = ["| rule | near: mean | near: worst | far: mean | far: worst |", "|---" * 5 + "|"]
+    for kind in _RULES:
+        cells = [name_of(kind)]
+        for part in families.values():
+            values = [group.regret(kind) for group in part if kind in group.runs]
+            cells += [f"{np.mean(values):.1f}", f"{max(values):.1f}"] if values else ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Points of AP50_tiny below the best constant, which is chosen on the other seeds, over "
+        f"{len(families['near'])} and {len(families['far'])} data sets and regimes.",
+    ]
+    return "\n".join(lines)
+
+
+def curves(found: Sequence[Group], path: Path) -> None:
+    """Differences to alpha = 1 by constant: near and far, from scratch and pretrained."""
+    regimes = [
+        regime
+        for regime in _REGIMES
+        if any((g.weights, g.optimizer) == regime and len(g.values(BASELINE)) > 1 for g in found)
+    ]
+    figure, grid = pyplot.subplots(
+        len(regimes), 2, figsize=(10, 2.9 * len(regimes)), layout="constrained", squeeze=False
+    )
+    for row, regime in zip(grid, regimes, strict=True):
+        for axes, family in zip(row, ("near", "far"), strict=True):
+            part = [g for g in found if (g.weights, g.optimizer) == regime]
+            part = sorted((g for g in part if g.data.startswith(family)), key=_order)
+            for index, group in enumerate(part):
+                _curve(axes, group, index, len(part))
+            axes.axhline(0, color="black", lw=0.8)
+            axes.set_title(f"{family}: {_REGIMES[regime]}", fontsize=10)
+            axes.set_xlabel("factor on every edge")
+            axes.set_ylabel("AP50_tiny against 1")
+            axes.legend(fontsize=8, frameon=False, title="objects by level; ★ S-alpha")
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _curve(axes: Any, group: Group, index: int, count: int) -> None:
+    constants = [c for c in group.constants if len(group.against(f"{c:g}")) > 1]
+    means = [mean_of(group.against(f"{constant:g}")) for constant in constants]
+    shift = 0.012 * (index - (count - 1) / 2)
+    colour = _COLOURS[index % len(_COLOURS)]
+    axes.errorbar(
+        [constant + shift for constant in constants],
+        [mean.mean for mean in means],
+        [mean.half for mean in means],
+        color=colour,
+        marker="o",
+        markersize=4,
+        capsize=2,
+        lw=1.4,
+        label=group.data.partition(" ")[2],
+    )
+    estimated = mean_of(group.against(ESTIMATED))
+    place = float(np.exp(np.mean(np.log(group.s_alpha))))
+    axes.errorbar(
+        [place], [estimated.mean], [estimated.half], color=colour, marker="*", markersize=12
+    )
+
+
+def rules(found: Sequence[Group], path: Path) -> None:
+    """Regret of each rule: a dot for each data set, a bar at the mean."""
+    shown = [group for group in found if len(group.values(BASELINE)) > 1]
+    figure, both = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+    for axes, family in zip(both, ("near", "far"), strict=True):
+        part = [group for group in shown if group.data.startswith(family)]
+        for place, kind in enumerate(reversed(_RULES)):
+            values = [group.regret(kind) for group in part if kind in group.runs]
+            axes.plot(values, [place] * len(values), "o", color=_COLOURS[0], alpha=0.5, ms=5)
+            if values:
+                axes.plot(np.mean(values), place, "|", color="black", ms=18, mew=2)
+        axes.axvline(0, color="black", lw=0.8)
+        axes.set_title(f"{family}: each dot a data set, the bar their mean", fontsize=10)
+        axes.set_xlabel("points of AP50_tiny below the best constant")
+    both[0].set_yticks(range(len(_RULES)), [name_of(kind) for kind in reversed(_RULES)])
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def on_cells(found: Sequence[Group], path: Path) -> None:
+    """Differences to alpha = 1 at each size of the same cells."""
+    part = [g for g in found if g.optimizer == "adamw" and g.data.endswith("one class")]
+    part = sorted(part, key=lambda group: int(group.data.split()[1].lstrip("/")))
+    part = [group for group in part if len(group.values(BASELINE)) > 1]
+    if not part:
+        return
+    figure, row = pyplot.subplots(
+        1, len(part), figsize=(2.5 * len(part), 3.2), layout="constrained", sharey=True
+    )
+    for axes, group in zip(np.atleast_1d(row), part, strict=True):
+        _curve(axes, group, 0, 1)
+        axes.axhline(0, color="black", lw=0.8)
+        ratios = "/".join(f"{factor:.2g}" for factor in group.s_alpha)
+        axes.set_title(f"{group.data.removesuffix(' one class')}: S-alpha {ratios}", fontsize=9)
+        axes.set_xlabel("factor")
+    np.atleast_1d(row)[0].set_ylabel("AP50 against 1")
+    figure.savefig(path)
+    pyplot.close(figure)
