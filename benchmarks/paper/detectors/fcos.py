@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torchvision.models import WeightsEnum
 from torchvision.models.detection import FCOS
+from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.fcos import (
     FCOSClassificationHead,
     FCOSHead,
@@ -81,13 +82,26 @@ def tiny_fcos(
         raise ValueError(
             f"group_norm: expected a pyramid of a multiple of {_GROUPS} channels, found {channels}"
         )
-    head = FCOSHead(channels, 1, num_classes)
-    if not group_norm:
-        head.classification_head = FCOSClassificationHead(
-            channels, 1, num_classes, norm_layer=nn.Identity
-        )
-        head.regression_head = FCOSRegressionHead(channels, 1, norm_layer=nn.Identity)
+    head = Head(channels, num_classes, None if group_norm else nn.Identity)
     defaults = {"center_sampling_radius": 3.0}
     model = FCOS(body, num_classes, anchor_generator=anchors, head=head, **{**defaults, **kwargs})
     _check_levels(model, anchors)
     return _finish(model, alpha, kwargs)
+
+
+class Head(FCOSHead):  # type: ignore[misc]
+    """Modifications: may do without normalisation, which torchvision's has no switch for.
+
+    Args:
+        channels: Of the pyramid.
+        num_classes: Including the background.
+        norm_layer: Makes a layer for that many channels; None: torchvision's group normalisation.
+    """
+
+    def __init__(self, channels: int, num_classes: int, norm_layer: type[nn.Module] | None) -> None:
+        nn.Module.__init__(self)
+        self.box_coder = BoxLinearCoder(normalize_by_size=True)
+        self.classification_head = FCOSClassificationHead(
+            channels, 1, num_classes, norm_layer=norm_layer
+        )
+        self.regression_head = FCOSRegressionHead(channels, 1, norm_layer=norm_layer)
