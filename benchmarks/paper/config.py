@@ -11,8 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-DETECTORS = ("retinanet", "fasterrcnn")
-BACKBONES = ("efficientnet_lite0", "resnet18", "resnet50")
+DETECTORS = (
+    "retinanet",
+    "fasterrcnn",
+    "retinanet_p3p7",
+    "fcos",
+    "freeanchor",
+    "librarcnn",
+    "gridrcnn",
+)
+BACKBONES = ("efficientnet_lite0", "resnet18", "resnet50", "small")
 PRECISIONS = ("32-true", "bf16-mixed")
 NAMED = ("s-alpha", "one", "three", "attention")
 _PATHS = ("train_json", "val_json", "images", "match_json", "weights", "init")

@@ -26,7 +26,7 @@ from benchmarks.paper.config import Config, digest, hash_of
 _KEPT_SHARE = 0.49  # of a box's area; what is left of others is background
 _TRIES = 10
 _FLAGS = ("ignore", "uncertain", "iscrowd")
-_PADDING = 114
+PADDING = 114
 
 
 class Split:
@@ -64,6 +64,15 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def boxes_by_category(self) -> dict[str, dict[str, int]]:
+        """How many boxes there are of each category, by name, where there are several."""
+        if len(self.categories) == 1:
+            return {}
+        names = {c["id"]: c.get("name", str(c["id"])) for c in self.coco["categories"]}
+        counts = np.bincount(np.concatenate(self.labels), minlength=1 + len(self.categories))
+        pairs = zip(self.categories, counts[1:].tolist(), strict=True)
+        return {"categories": {names[category]: count for category, count in pairs}}
 
     def open(self) -> Tensor:
         """The images, uint8 [N, H, W, 3], mapped to memory."""
@@ -187,7 +196,7 @@ class Batches:
         }
         resized, target = self.resize(tv_tensors.Image(image.permute(2, 0, 1)), target)
         missing = [max(0, a - b) for a, b in zip(self.crop, resized.shape[1:], strict=True)]
-        padded = F.pad(resized.as_subclass(Tensor), [0, 0, missing[1], missing[0]], fill=_PADDING)
+        padded = F.pad(resized.as_subclass(Tensor), [0, 0, missing[1], missing[0]], fill=PADDING)
         found = target["boxes"].as_subclass(Tensor).numpy().astype(np.float32)
         return padded.permute(1, 2, 0), found, target["labels"].numpy()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 import torchvision
 from torch import nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from alphafpn import (
     AttentionAlpha,
@@ -22,17 +26,52 @@ from alphafpn import (
 from alphafpn.tiny import tiny_faster_rcnn, tiny_retinanet
 from benchmarks.paper.config import Config
 from benchmarks.paper.data import Batches, Split
+from benchmarks.paper.detectors import free_anchor, grid_rcnn, libra_rcnn, tiny_fcos
 
+_BUILDERS: dict[str, Any] = {
+    "retinanet": tiny_retinanet,
+    "retinanet_p3p7": tiny_retinanet,
+    "freeanchor": free_anchor,
+    "fcos": tiny_fcos,
+    "fasterrcnn": tiny_faster_rcnn,
+    "librarcnn": libra_rcnn,
+    "gridrcnn": grid_rcnn,
+}
 _DETECTIONS = 200
-_LITE_TAPS = {"block2": "0", "block4": "1", "block10": "2", "block15": "3"}
-_RESNET_TAPS = {"layer1": "0", "layer2": "1", "layer3": "2", "layer4": "3"}
+# At strides 4, 8, 16 and 32.
+_LITE_TAPS = ("block2", "block4", "block10", "block15")
+_RESNET_TAPS = ("layer1", "layer2", "layer3", "layer4")
+# With the small backbone the rest is small as well.
+_FEW_ROIS = {
+    "box_batch_size_per_image": 32,
+    "rpn_pre_nms_top_n_train": 200,
+    "rpn_pre_nms_top_n_test": 200,
+    "rpn_post_nms_top_n_train": 100,
+    "rpn_post_nms_top_n_test": 100,
+}
+_SMALL_GRID = {"grid_channels": 36, "grid_convolutions": 4, "grid_rois": 4}
+_SMALL_WIDTHS = (16, 32, 64, 96, 128)
 
 
 class Backbone(BackboneWithFPN):  # type: ignore[misc]
-    """Modifications: pretrained normalisation keeps its statistics, in training mode too."""
+    """Modifications: pretrained normalisation keeps its statistics, in training mode too.
 
-    def __init__(self, body: nn.Module, taps: dict[str, str], widths: list[int], channels: int):
-        super().__init__(body, taps, widths, channels)
+    Args:
+        body: what the pyramid stands on.
+        taps: names of the parts that it takes features from, finest first.
+        widths: channels of these.
+        config: the detector, and the channels of the pyramid.
+    """
+
+    def __init__(
+        self, body: nn.Module, taps: tuple[str, ...], widths: Sequence[int], config: Config
+    ) -> None:
+        extra = None
+        if config.detector == "retinanet_p3p7":
+            taps, widths = taps[1:], widths[1:]
+            extra = LastLevelP6P7(config.channels, config.channels)
+        names = {tap: str(level) for level, tap in enumerate(taps)}
+        super().__init__(body, names, list(widths), config.channels, extra)
         self.frozen = False
 
     def freeze(self, parts: set[str]) -> None:
@@ -57,20 +96,29 @@ class Backbone(BackboneWithFPN):  # type: ignore[misc]
 def make_detector(config: Config, num_classes: int) -> nn.Module:
     """The detector of a configuration, with a stock pyramid."""
     torch.manual_seed(config.seed)
-    backbone = _lite0(config) if config.backbone == "efficientnet_lite0" else _resnet(config)
-    detector: nn.Module
-    if config.detector == "retinanet":
-        detector = tiny_retinanet(backbone, num_classes=num_classes, detections_per_img=_DETECTIONS)
-    else:
-        detector = tiny_faster_rcnn(
-            backbone, num_classes=num_classes, box_detections_per_img=_DETECTIONS
-        )
+    small = config.backbone == "small"
+    options = {"detections_per_img": _DETECTIONS, "num_classes": num_classes}
+    if config.detector.endswith("rcnn"):
+        options["box_detections_per_img"] = options.pop("detections_per_img")
+        options |= _FEW_ROIS if small else {}
+    if config.detector == "gridrcnn":
+        # 64 for each of nine points where the pyramid has 256, as in its paper.
+        options["grid_channels"] = 36 * max(1, config.channels // 16)
+        options |= _SMALL_GRID if small else {}
+    bodies = {"efficientnet_lite0": _lite0, "small": _small}
+    backbone = bodies.get(config.backbone, _resnet)(config)
+    detector: nn.Module = _BUILDERS[config.detector](backbone, **options)
+    if small:
+        for name, parameter in detector.named_parameters():
+            # The heads' own start is made for 256 channels; with few, signals would die away.
+            if name.startswith("head.") and ".conv." in name and parameter.dim() == 4:
+                nn.init.kaiming_normal_(parameter, nonlinearity="relu")
     if config.init:
         _load(detector, config.init)
     return detector
 
 
-def set_alpha(config: Config, detector: nn.Module, split: Split) -> dict[str, Any]:
+def set_alpha(config: Config, detector: Any, split: Split) -> dict[str, Any]:
     """Give the detector the factors of a configuration; returns where they come from."""
     learned = {
         "one": LearnableAlpha(1.0, shared=True),
@@ -78,15 +126,16 @@ def set_alpha(config: Config, detector: nn.Module, split: Split) -> dict[str, An
         "attention": AttentionAlpha(1.0),
     }
     source: dict[str, Any] = {}
+    edges = len(detector.backbone.fpn.inner_blocks) - 1
 
     def values(text: str) -> torch.Tensor:
         if text in learned:
-            return torch.ones(3)
+            return torch.ones(edges)
         if text == "s-alpha":
             estimate, record = _estimated(config, detector, split)
             source.update(record)
             return torch.tensor(estimate)
-        return torch.tensor([float(part) for part in text.split(",")]).expand(3)
+        return torch.tensor([float(part) for part in text.split(",")]).expand(edges)
 
     first = values(config.alpha)
     if config.start:
@@ -116,7 +165,7 @@ def _estimated(config: Config, detector: nn.Module, split: Split) -> tuple[Any, 
 
 
 def _lite0(config: Config) -> Backbone:
-    """EfficientNet-Lite0, its blocks 2, 4, 10 and 15 at strides 4, 8, 16 and 32."""
+    """EfficientNet-Lite0."""
     from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-untyped]
 
     network = EfficientNet.from_name("efficientnet-lite0")
@@ -139,7 +188,7 @@ def _lite0(config: Config) -> Backbone:
             # Left to the convolution, the same padding takes no pass over the map of its own.
             module.padding = padding.padding[::2]
             module.static_padding = nn.Identity()
-    backbone = Backbone(body, _LITE_TAPS, [24, 40, 112, 320], config.channels)
+    backbone = Backbone(body, _LITE_TAPS, [24, 40, 112, 320], config)
     if weights != "none":
         backbone.freeze({"stem", "block0", "block1", "block2"})
     return backbone
@@ -152,10 +201,19 @@ def _resnet(config: Config) -> Backbone:
         network.load_state_dict(torch.load(config.weights, weights_only=True))
     width = network.fc.in_features // 8
     widths = [width * 2**i for i in range(4)]
-    backbone = Backbone(network, _RESNET_TAPS, widths, config.channels)
+    backbone = Backbone(network, _RESNET_TAPS, widths, config)
     if pretrained:
         backbone.freeze({"conv1", "bn1", "layer1"})
     return backbone
+
+
+def _small(config: Config) -> Backbone:
+    """A residual network of ten layers, for runs of seconds on a CPU."""
+    body = nn.Sequential(nn.Conv2d(3, _SMALL_WIDTHS[0], 3, 2, 1), nn.ReLU())
+    for before, width in itertools.pairwise(_SMALL_WIDTHS):
+        shortcut = nn.Sequential(nn.Conv2d(before, width, 1, 2, bias=False), nn.BatchNorm2d(width))
+        body.append(BasicBlock(before, width, 2, shortcut))
+    return Backbone(body, ("2", "3", "4", "5"), _SMALL_WIDTHS[1:], config)
 
 
 def _load(detector: nn.Module, path: str) -> None:

@@ -1,8 +1,8 @@
-"""Turn results into the tables and pictures of docs/experiments.md.
+"""Turn results into the tables and pictures of docs/experiments.md and docs/paper-systems.md.
 
     python -m benchmarks.paper.report [RESULTS.jsonl ...]
 
-Only what lies between the page's two marks is written anew.
+Only what lies between the pages' marks is written anew. Tables 3 and 4 are printed, too.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper import results
+from benchmarks.paper import results, tables
 from benchmarks.paper.pairs import Mean, Setting, Variant, mean_of, settings
+from benchmarks.paper.sizes import PAGE
 
 _ROOT = Path(__file__).resolve().parents[2]
-_BEGIN, _END = "<!-- results: begin -->", "<!-- results: end -->"
 _MAIN = "AP50_tiny"
 _OTHERS = ("AP25_tiny", "AP75_tiny", "AP50_tiny1", "AP50_tiny2", "AP50_tiny3", "MR50_tiny")
 
@@ -36,11 +36,7 @@ def report(records: Sequence[dict[str, Any]], page: Path) -> None:
             caption = draw(setting, file)
             if caption:
                 parts.append(f"![{caption}](images/{file.name})")
-    old = page.read_text(encoding="utf-8") if page.exists() else f"{_BEGIN}\n{_END}\n"
-    before, _, rest = old.partition(_BEGIN)
-    after = rest.partition(_END)[2]
-    text = "\n\n".join([f"{before}{_BEGIN}", *parts, f"{_END}{after}"])
-    page.write_text(text, encoding="utf-8")
+    results.fill(page, "results", ["\n\n".join(parts)])
 
 
 def title(setting: Setting) -> str:
@@ -225,11 +221,19 @@ def main() -> None:
     default = [Path(__file__).parent / "results.jsonl"]
     parser.add_argument("results", nargs="*", type=Path, default=default)
     parser.add_argument("--out", type=Path, default=_ROOT / "docs" / "experiments.md")
+    systems = Path(__file__).parent / "systems.jsonl"
+    parser.add_argument("--systems", nargs="*", type=Path, default=[systems])
+    parser.add_argument("--systems-out", type=Path, default=PAGE)
     options = parser.parse_args()
     records = results.read(options.results)
     if not records:
         parser.error(f"no results in {', '.join(map(str, options.results))}")
     report(records, options.out)
+    records = results.read(options.systems)
+    compared = tables.tables34(records)
+    results.fill(options.systems_out, "tables", compared)
+    results.fill(options.systems_out, "sizes", tables.sizes(records))
+    print("\n".join(compared))
 
 
 if __name__ == "__main__":

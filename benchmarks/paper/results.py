@@ -1,4 +1,4 @@
-"""The results file: a line of JSON for each finished run, written whole or not at all."""
+"""The results file, a line of JSON for each finished run, and the pages that show it."""
 
 from __future__ import annotations
 
@@ -44,6 +44,28 @@ def read(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
             for record in _parse(path.read_bytes()):
                 records.setdefault(record["key"], record)
     return list(records.values())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file so that it is never half there."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def fill(page: Path, name: str, parts: Iterable[str]) -> None:
+    """Write lines between the marks `name: begin` and `name: end` of a page, and nowhere else."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    old = page.read_text(encoding="utf-8") if page.exists() else f"{begin}\n{end}\n"
+    if old.count(begin) != 1 or end not in old.partition(begin)[2]:
+        raise ValueError(f"{page}: expected the marks {begin} and {end}, once each")
+    before, _, rest = old.partition(begin)
+    after = rest.partition(end)[2]
+    text = "\n".join([f"{before}{begin}", "", *parts, "", f"{end}{after}"])
+    write(page, text.encode())
 
 
 def _parse(content: bytes) -> list[dict[str, Any]]:

@@ -9,9 +9,11 @@ Experiments (any number of them; what they share runs once):
     table2  sigma-power initialisation with factors of 1, against factors
     start   what the factors do to the first function, apart from what they do to gradients:
             factors of 1 and S-alpha, each starting as itself and as the other
-    table34 both detectors, from `--inits` (weights pre-trained with and without Scale Match, see
-            `train --scale-match --keep-weights`) and without
+    table4  all of the paper's detectors (`--detectors`), with and without weights that were
+            pre-trained with Scale Match on `--pretrain-json`: the rows of Tables 3 and 4
     table5  `--backbones`
+    sizes   constants and S-alpha at each of `--sizes` with each of `--shares` of the images to
+            train on: Figs. 5 and 7, Tables 6 and 7
 
 Seeds are the outer loop, so that pairs complete first. All other options are those of `train`.
 """
@@ -27,6 +29,7 @@ import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +45,8 @@ from benchmarks.paper.config import (
     check,
     from_options,
 )
-from benchmarks.paper.train import run, splits
+from benchmarks.paper.sizes import derive
+from benchmarks.paper.train import lacks_weights, run, splits, weights_path
 
 PAIR = ("1", "s-alpha")
 LEARNED = ("one", "three", "attention")
@@ -64,13 +68,15 @@ def variants(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             for alpha in PAIR
             if start != alpha
         ]
-    if name == "table34":
+    if name == "table4":
         return [
             {"detector": detector, "init": init, "alpha": alpha}
-            for init in ("", *options.inits)
-            for detector in DETECTORS
+            for detector in options.detectors
+            for init in ("", *filter(None, [options.inits.get(detector)]))
             for alpha in PAIR
         ]
+    if name == "sizes":
+        return [change | entry for change in _sizes(options) for entry in constants]
     if name == "table5":
         found = [entry.partition("=") for entry in options.backbones]
         return [
@@ -79,6 +85,34 @@ def variants(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             for alpha in PAIR
         ]
     return [{"alpha": "1", "lr": lr} for lr in options.lrs]
+
+
+def _sizes(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a configuration changes at each size, with each share of the images."""
+    files = options.train_json, options.val_json, options.images
+    found = []
+    for size in options.sizes:
+        for share in options.shares:
+            change = derive(*files, size, share, Path(options.runs) / "sizes")
+            crop = min(options.crop, min(change["size"]) // 32 * 32)
+            found.append({**change, "crop": crop})
+    return found
+
+
+def pretraining(options: argparse.Namespace) -> dict[str, Config]:
+    """For each detector of `table4`, the run whose weights it may start from; often none."""
+    if "table4" not in options.experiments or not options.pretrain_json:
+        return {}
+    base = from_options(Config, options)
+    changes = {
+        "train_json": options.pretrain_json,
+        "match_json": options.train_json,
+        "scale_match": options.pretrain_scale_match,
+        "size": tuple(options.pretrain_size or options.size),
+    }
+    if options.pretrain_val_json:
+        changes["val_json"] = options.pretrain_val_json
+    return {name: replace(base, detector=name, **changes) for name in options.detectors}
 
 
 def plan(options: argparse.Namespace) -> list[Config]:
@@ -100,7 +134,7 @@ def sweep(configs: list[Config], execution: Execution, jobs: int, deadline: floa
     checkpoint, to go on when it is asked for again.
     """
     done = {record["key"] for record in results.read([execution.results, *execution.done])}
-    pending = [config for config in configs if config.key() not in done]
+    pending = [c for c in configs if c.key() not in done or lacks_weights(c, execution)]
     before = len(configs) - len(pending)
     for config in pending:
         check(config, execution)
@@ -160,7 +194,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ("pilot", "fig1", "table1", "table2", "start", "table34", "table5")
+    names = ("pilot", "fig1", "table1", "table2", "start", "table4", "table5", "sizes")
     parser.add_argument("experiments", nargs="+", choices=names)
     parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a process each")
@@ -168,8 +202,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--grid", nargs="*", default=["0.2", "0.35", "0.5", "0.75"])
     parser.add_argument("--lrs", nargs="*", type=float, default=[0.005, 0.01, 0.02])
     parser.add_argument("--sigma-power", default="0.5")
-    parser.add_argument("--inits", nargs="*", default=[], metavar="FILE")
+    parser.add_argument("--detectors", nargs="*", default=list(DETECTORS), choices=DETECTORS)
+    parser.add_argument("--pretrain-json", default="", help="COCO annotations; empty: no such runs")
+    parser.add_argument("--pretrain-val-json", default="", help="by default --val-json")
+    parser.add_argument("--pretrain-size", type=int, nargs=2, help="by default --size")
+    parser.add_argument("--pretrain-scale-match", default="sm", choices=("sm", "msm"))
+    parser.add_argument("--sizes", nargs="*", default=["100", "200", "800"])
+    parser.add_argument("--shares", nargs="*", type=float, default=[1.0])
     parser.add_argument("--backbones", nargs="*", default=list(BACKBONES[:2]), metavar="NAME=FILE")
+    parser.set_defaults(inits={})
     add_options(parser, Config)
     add_options(parser, Execution)
     return parser.parse_args(arguments)
@@ -180,7 +221,17 @@ def main() -> None:
     options = parse()
     deadline = time.time() + 60 * options.budget_minutes
     execution = replace(from_options(Execution, options), quiet=True)
-    sys.exit(1 if sweep(plan(options), execution, options.jobs, deadline) else 0)
+    first = pretraining(options)
+    keeping = replace(execution, keep_weights=True)
+    failed = sweep(list(first.values()), keeping, options.jobs, deadline) if first else 0
+    options.inits = {
+        name: str(weights_path(config, keeping))
+        for name, config in first.items()
+        if not lacks_weights(config, keeping)
+    }
+    if len(options.inits) < len(first):
+        sys.exit("pre-training is not finished: the rest waits for it")
+    sys.exit(1 if sweep(plan(options), execution, options.jobs, deadline) + failed else 0)
 
 
 if __name__ == "__main__":

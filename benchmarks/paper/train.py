@@ -48,7 +48,7 @@ def run(config: Config, execution: Execution, deadline: float = math.inf) -> dic
     key = config.key()
     checkpoint = Path(execution.runs) / f"{key}.ckpt"
     for known in results.read([execution.results, *execution.done]):
-        if known["key"] == key:
+        if known["key"] == key and not lacks_weights(config, execution):
             checkpoint.unlink(missing_ok=True)
             return known
     _quieten()
@@ -59,7 +59,8 @@ def run(config: Config, execution: Execution, deadline: float = math.inf) -> dic
     began = time.monotonic()
     judge = L.Trainer(**_options(config, execution))
     figures = dict(judge.validate(experiment, verbose=False)[0])
-    alpha = [round(figures.pop(f"alpha{edge}"), 6) for edge in range(3)]
+    edges = len(experiment.detector.backbone.fpn.inner_blocks) - 1
+    alpha = [round(figures.pop(f"alpha{edge}"), 6) for edge in range(edges)]
     record: dict[str, Any] = {
         "key": key,
         "config": config.identity(),
@@ -73,6 +74,7 @@ def run(config: Config, execution: Execution, deadline: float = math.inf) -> dic
             "train_boxes": sum(map(len, experiment.batches.split.boxes)),
             "val_images": len(experiment.val),
             "val_boxes": sum(map(len, experiment.val.boxes)),
+            **experiment.batches.split.boxes_by_category(),
         },
         "seconds": [round(experiment.seconds, 1), round(time.monotonic() - began, 1)],
         "memory_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if cuda else None,
@@ -92,6 +94,11 @@ def run(config: Config, execution: Execution, deadline: float = math.inf) -> dic
     results.append(Path(execution.results), record)
     checkpoint.unlink(missing_ok=True)
     return record
+
+
+def lacks_weights(config: Config, execution: Execution) -> bool:
+    """Whether a run has to be done for its weights, even if its figures are known."""
+    return execution.keep_weights and not weights_path(config, execution).exists()
 
 
 def weights_path(config: Config, execution: Execution) -> Path:

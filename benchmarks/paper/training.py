@@ -159,10 +159,25 @@ class Experiment(L.LightningModule):
         if self.config.tile:
             found = merge_detections(found, {"images": self._views})
         self.log_dict({**evaluate_tiny(self.val.coco, found), "detections": float(len(found))})
+        if len(self.val.categories) > 1:
+            self.log_dict(self._by_category(found))
         for hook in self._hooks:
             hook.remove()
         for edge, factor in enumerate(self._alpha()):
             self.log(f"alpha{edge}", factor)
+
+    def _by_category(self, found: list[dict[str, Any]]) -> dict[str, float]:
+        """AP50_all of each category alone, by its name."""
+        coco, figures = self.val.coco, {}
+        for category in coco["categories"]:
+            truth, own = (
+                [entry for entry in entries if entry["category_id"] == category["id"]]
+                for entries in (coco["annotations"], found)
+            )
+            part = {**coco, "categories": [category], "annotations": truth}
+            name = category.get("name", str(category["id"]))
+            figures[f"AP50_all/{name}"] = evaluate_tiny(part, own)["AP50_all"]
+        return figures
 
     def _gates(self) -> list[nn.Module]:
         return [*getattr(self.detector.backbone.fpn, "gates", [])]
