@@ -136,7 +136,6 @@ def _folded(regime: str, part: Sequence[Group]) -> str:
         for kind in kinds
         if kind != BASELINE and len(group.against(kind)) > 1
     ]
-    lines += ["    |  |" + "  |" * len(part)] * 0
     measures = " and ".join(sorted({group.measure for group in part}))
     lines += [
         "",
