@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from alphafpn._scenes import drawn_scenes, write_scenes
+from alphafpn.demo.scenes import drawn_scenes, write_scenes
 
 _SEEDS = {"train": 11, "val": 12, "source": 13}
 
