@@ -18,6 +18,8 @@ BASELINE, ESTIMATED, HALF = "1", "S-alpha", "half-way"
 FIRST, RATES = "1 from S-alpha", "S-alpha from 1"
 EQUAL, BOTH = "1, equal laterals", "S-alpha, equal laterals"
 _RESAMPLES = 2000
+_WEIGHTS = {"scratch": "from scratch", "pretrained": "pretrained backbone"}
+_OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,21 @@ class Group:
     Attributes:
         weights: `scratch` or `pretrained`.
         optimizer: `adamw` or `sgd`.
+        steps: Of the optimizer.
         data: Name of the data set.
         runs: Records by kind and seed.
     """
 
     weights: str
     optimizer: str
+    steps: int
     data: str
     runs: Mapping[str, Mapping[int, dict[str, Any]]]
+
+    @property
+    def regime(self) -> str:
+        """How it was trained, in words."""
+        return f"{_WEIGHTS[self.weights]}, {_OPTIMIZERS[self.optimizer]}, {self.steps} steps"
 
     @property
     def measure(self) -> str:
@@ -116,10 +125,10 @@ def kind_of(config: Mapping[str, Any]) -> str:
 
 def groups(records: Sequence[dict[str, Any]]) -> list[Group]:
     """Records by regime and data set, in the order in which they were first run."""
-    found: dict[tuple[str, str, str], dict[str, dict[int, dict[str, Any]]]] = defaultdict(dict)
+    found: dict[tuple[str, str, int, str], dict[str, dict[int, dict[str, Any]]]] = defaultdict(dict)
     for record in records:
         config = record["config"]
-        key = (config["weights"], config["optimizer"], config["data"])
+        key = tuple(config[name] for name in ("weights", "optimizer", "steps", "data"))
         found[key].setdefault(kind_of(config), {})[config["seed"]] = record
     return [Group(*key, runs) for key, runs in found.items() if BASELINE in runs]
 

@@ -78,9 +78,19 @@ _ON_CELLS = (
     CONTROLS[3],
 )
 _SOME = (*((alpha,) for alpha in (*FEW, "S-alpha")), CONTROLS[0], CONTROLS[2])
+_LONG = (*((alpha,) for alpha in ("1", "S-alpha", "0.5", "0")), CONTROLS[0])
+
+
+def _longer(seed: int) -> Iterator[Config]:
+    """Four times the steps: whether what a factor costs is only slower learning."""
+    for config in _part("scratch", "adamw", _LONG, ("far .4/.4/.4", "near .4/.4/.4"))(seed):
+        yield dataclasses.replace(config, steps=4 * config.steps)
+
+
 PARTS: dict[str, Callable[[int], Iterator[Config]]] = {
     "main": _part("scratch", "adamw", (*_ALL, *CONTROLS)),
     "unequal": _part("scratch", "adamw", _SOME, UNEQUAL),
+    "long": _longer,
     "learnable": _part("scratch", "adamw", LEARNT),
     "pretrained": _part("pretrained", "adamw", _SOME),
     "sgd": _part("scratch", "sgd", _SOME),

@@ -40,12 +40,6 @@ _NAMES = {
     EQUAL: "1, laterals of equal RMS",
     BOTH: "S-alpha, laterals of equal RMS",
 }
-_REGIMES = {
-    ("scratch", "adamw"): "from scratch, AdamW",
-    ("scratch", "sgd"): "from scratch, SGD",
-    ("pretrained", "adamw"): "pretrained backbone, AdamW",
-    ("pretrained", "sgd"): "pretrained backbone, SGD",
-}
 
 
 def write(records: Sequence[dict[str, Any]], page: Path) -> None:
@@ -89,7 +83,7 @@ def _by_regime(found: Iterable[Group]) -> list[tuple[str, list[Group]]]:
     result: dict[str, list[Group]] = {}
     for group in found:
         what = "blood cells" if group.data.startswith("cells") else "drawn scenes"
-        regime = f"{what}, {_REGIMES[group.weights, group.optimizer]}"
+        regime = f"{what}, {group.regime}"
         result.setdefault(regime, []).append(group)
     return [(name, sorted(part, key=_order)) for name, part in sorted(result.items(), reverse=True)]
 
@@ -179,7 +173,7 @@ def peaks(found: Sequence[Group]) -> str:
         best = f"{group.peak:g}"
         cells = [
             group.data,
-            _REGIMES[group.weights, group.optimizer],
+            group.regime,
             str(len(group.values(BASELINE))),
             " ".join(f"{factor:.2g}" for factor in group.s_alpha),
             " ".join(f"{share:.2f}" for share in group.shares(BASELINE, 0)),
@@ -225,22 +219,18 @@ def regrets(found: Sequence[Group]) -> str:
 
 def curves(found: Sequence[Group], path: Path) -> None:
     """Differences to alpha = 1 by constant: near and far, from scratch and pretrained."""
-    regimes = [
-        regime
-        for regime in _REGIMES
-        if any((g.weights, g.optimizer) == regime and len(g.values(BASELINE)) > 1 for g in found)
-    ]
+    regimes = list(dict.fromkeys(g.regime for g in found if len(g.values(BASELINE)) > 1))
     figure, grid = pyplot.subplots(
         len(regimes), 2, figsize=(10, 2.9 * len(regimes)), layout="constrained", squeeze=False
     )
     for row, regime in zip(grid, regimes, strict=True):
         for axes, family in zip(row, ("near", "far"), strict=True):
-            part = [g for g in found if (g.weights, g.optimizer) == regime]
+            part = [g for g in found if g.regime == regime]
             part = sorted((g for g in part if g.data.startswith(family)), key=_order)
             for index, group in enumerate(part):
                 _curve(axes, group, index, len(part))
             axes.axhline(0, color="black", lw=0.8)
-            axes.set_title(f"{family}: {_REGIMES[regime]}", fontsize=10)
+            axes.set_title(f"{family}: {regime}", fontsize=10)
             axes.set_xlabel("factor on every edge")
             axes.set_ylabel("AP50_tiny against 1")
             axes.legend(fontsize=8, frameon=False, title="objects by level; ★ S-alpha")
