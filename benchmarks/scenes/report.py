@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from benchmarks.paper.pairs import Mean, mean_of
 from benchmarks.scenes.analysis import (
     BASELINE,
     BOTH,
+    CONFIRMING,
     EQUAL,
     ESTIMATED,
     FIRST,
     HALF,
+    LOOK,
     RATES,
     Group,
     follow,
@@ -29,7 +31,8 @@ from benchmarks.scenes.analysis import (
 )
 
 _BEGIN, _END = "<!-- scenes: begin -->", "<!-- scenes: end -->"
-_RULES = ("0", "0.2", "0.5", BASELINE, ESTIMATED, HALF, FIRST)
+_RULES = ("0", "0.2", "0.5", BASELINE, ESTIMATED, HALF, FIRST, LOOK)
+_SMALL = "0.2"  # the constant that all data sets and regimes have, beside 0 and 1
 _FEWEST = 3  # seeds, for a kind to be shown
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
 _NAMES = {
@@ -37,6 +40,7 @@ _NAMES = {
     HALF: "half-way from S-alpha to 1",
     FIRST: "first function only",
     RATES: "rates only",
+    LOOK: "look first: 1, or .5 where its drift is below 0",
     EQUAL: "1, laterals of equal RMS",
     BOTH: "S-alpha, laterals of equal RMS",
 }
@@ -56,7 +60,12 @@ def write(records: Sequence[dict[str, Any]], page: Path) -> None:
     drawn = [group for group in found if not group.data.startswith("cells")]
     cells = [group for group in found if group.data.startswith("cells")]
     images = page.parent / "images"
-    parts = []
+    drift(found, images / "scenes-drift.svg")
+    parts = [
+        "![AP50 at alpha = .2 against alpha = 1, by how the forward share changed while alpha = 1 "
+        "was trained](images/scenes-drift.svg)",
+        follows(records),
+    ]
     if drawn:
         curves(drawn, images / "scenes-curves.svg")
         rules(drawn, images / "scenes-rules.svg")
@@ -182,17 +191,69 @@ def peaks(found: Sequence[Group]) -> str:
             _shown(mean_of(group.against(ESTIMATED))),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    counts = [float(np.exp(np.mean(np.log(group.s_alpha)))) for group in shown]
-    shares = [float(np.mean(group.shares(BASELINE, 0))) for group in shown]
-    if len(shown) > 2:
-        for what, predictor in (("S-alpha", counts), ("the forward share", shares)):
-            c = follow(shown, predictor)
-            lines += [
-                "",
-                f"Rank correlation of the best constant with {what}: {c.value:+.2f} "
-                f"(95 % interval {c.low:+.2f} to {c.high:+.2f}; {c.count} data sets and regimes).",
-            ]
     return "\n".join(lines)
+
+
+def follows(records: Sequence[dict[str, Any]]) -> str:
+    """What the best constants are in the order of, over data sets and regimes."""
+    lines = [
+        "| the best constant rises with | rank correlation | data sets and regimes |",
+        "|---" * 3 + "|",
+    ]
+    confirming = [r for r in records if r["config"]["seed"] >= CONFIRMING]
+    predictors: list[tuple[str, Callable[[Group], float], Sequence[dict[str, Any]]]] = [
+        ("S-alpha, geometric mean of its factors", _counted, records),
+        (
+            "forward share at the start, alpha = 1",
+            lambda g: np.mean(g.shares(BASELINE, 0)),
+            records,
+        ),
+        ("drift of the forward share while alpha = 1 is trained", _drift, records),
+        (f"drift, seeds from {CONFIRMING} on alone", _drift, confirming),
+    ]
+    for name, predictor, some in predictors:
+        shown = [group for group in groups(some) if _complete(group)]
+        if len(shown) > 2:
+            found = follow(shown, [predictor(group) for group in shown])
+            interval = f"({found.low:+.2f} to {found.high:+.2f})"
+            lines.append(f"| {name} | {found.value:+.2f} {interval} | {found.count} |")
+    return "\n".join(lines)
+
+
+def _complete(group: Group) -> bool:
+    return (
+        len(group.values(BASELINE)) >= _FEWEST and bool(group.drifts) and len(group.constants) > 2
+    )
+
+
+def _counted(group: Group) -> float:
+    return float(np.exp(np.mean(np.log(group.s_alpha))))
+
+
+def _drift(group: Group) -> float:
+    return float(np.mean(list(group.drifts.values())))
+
+
+def drift(found: Sequence[Group], path: Path) -> None:
+    """What a small factor gains, by where a training with 1 took the top-down path."""
+    figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    families = {"near": "drawn, near", "far": "drawn, far", "cells": "blood cells"}
+    for (family, label), colour in zip(families.items(), _COLOURS, strict=False):
+        part = [g for g in found if g.data.startswith(family) and len(g.against(_SMALL)) >= _FEWEST]
+        gains = [mean_of(group.against(_SMALL)) for group in part]
+        axes.errorbar(
+            [_drift(group) for group in part],
+            [gain.mean for gain in gains],
+            [gain.half for gain in gains],
+            fmt="o", color=colour, ms=5, capsize=2, lw=1, label=label,
+        )  # fmt: skip
+    axes.axhline(0, color="black", lw=0.8)
+    axes.axvline(0, color="black", lw=0.8)
+    axes.set_xlabel("change of the forward share while alpha = 1 was trained (mean over edges)")
+    axes.set_ylabel(f"AP50, alpha = {_SMALL} against alpha = 1")
+    axes.legend(frameon=False)
+    figure.savefig(path)
+    pyplot.close(figure)
 
 
 def regrets(found: Sequence[Group]) -> str:
@@ -206,7 +267,7 @@ def regrets(found: Sequence[Group]) -> str:
     for kind in _RULES:
         cells = [name_of(kind)]
         for part in families.values():
-            values = [group.regret(kind) for group in part if kind in group.runs]
+            values = [group.regret(kind) for group in part if group.values(kind)]
             cells += [f"{np.mean(values):.1f}", f"{max(values):.1f}"] if values else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
@@ -268,7 +329,7 @@ def rules(found: Sequence[Group], path: Path) -> None:
     for axes, family in zip(both, ("near", "far"), strict=True):
         part = [group for group in shown if group.data.startswith(family)]
         for place, kind in enumerate(reversed(_RULES)):
-            values = [group.regret(kind) for group in part if kind in group.runs]
+            values = [group.regret(kind) for group in part if group.values(kind)]
             axes.plot(values, [place] * len(values), "o", color=_COLOURS[0], alpha=0.5, ms=5)
             if values:
                 axes.plot(np.mean(values), place, "|", color="black", ms=18, mew=2)
