@@ -280,7 +280,7 @@ def regrets(found: Sequence[Group]) -> str:
 
 def curves(found: Sequence[Group], path: Path) -> None:
     """Differences to alpha = 1 by constant: near and far, from scratch and pretrained."""
-    regimes = list(dict.fromkeys(g.regime for g in found if len(g.values(BASELINE)) > 1))
+    regimes = list(dict.fromkeys(g.regime for g in found if len(g.values(BASELINE)) >= _FEWEST))
     figure, grid = pyplot.subplots(
         len(regimes), 2, figsize=(10, 2.9 * len(regimes)), layout="constrained", squeeze=False
     )
@@ -324,7 +324,7 @@ def _curve(axes: Any, group: Group, index: int, count: int) -> None:
 
 def rules(found: Sequence[Group], path: Path) -> None:
     """Regret of each rule: a dot for each data set, a bar at the mean."""
-    shown = [group for group in found if len(group.values(BASELINE)) > 1]
+    shown = [group for group in found if len(group.values(BASELINE)) >= _FEWEST]
     figure, both = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
     for axes, family in zip(both, ("near", "far"), strict=True):
         part = [group for group in shown if group.data.startswith(family)]
@@ -345,7 +345,7 @@ def on_cells(found: Sequence[Group], path: Path) -> None:
     """Differences to alpha = 1 at each size of the same cells."""
     part = [g for g in found if g.optimizer == "adamw" and g.data.endswith("one class")]
     part = sorted(part, key=lambda group: int(group.data.split()[1].lstrip("/")))
-    part = [group for group in part if len(group.values(BASELINE)) > 1]
+    part = [group for group in part if len(group.values(BASELINE)) >= _FEWEST]
     if not part:
         return
     figure, row = pyplot.subplots(
