@@ -1,4 +1,4 @@
-"""Data sets of the experiments: drawn scenes, and real blood cells at several sizes."""
+"""Data sets of the experiments: drawn scenes, real blood cells at several sizes, real people."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ MEAN, DEVIATION = 0.45, 0.25  # of pixels from 0 to 1, in all channels
 TRAIN, VAL = 320, 160  # scenes of a drawn data set
 _VAL_SEED = 1_000_000
 _MULTIPLE = 32
+CROPS, VAL_CROPS = 640, 200  # of people
+_PEOPLE_WIDTH, _PEOPLE_HEIGHT = 1706, 960
+_LEFT = 0.49  # of a box's area, for it to be kept; else it is painted over, as ignored ones are
 
 Levels = tuple[tuple[float, ...], ...]
 # Sizes of anchors by level; drawn figures are less varied than cells, so that fewer shapes do.
@@ -87,15 +90,18 @@ def load(name: str, seed: int) -> DataSet:
 
     Args:
         name: `near .2/.2/.2` or `far .2/.8/.8`, see `Family`; or `cells /5` for all three classes
-            at a fifth of their size, `cells /5 one class` for all as one.
-        seed: Of the drawn scenes to train on. Those to be judged on are the same for all seeds.
+            at a fifth of their size, `cells /5 one class` for all as one; or `people 160` for
+            crops of that side from TinyPerson's images.
+        seed: Of the drawn scenes, or of the crops, to train on. Those to be judged on are the same for all seeds.
 
     Raises:
-        ValueError: If there is none of that name, or cells are asked for without the folder that
-            holds them in `ALPHAFPN_DATA`.
+        ValueError: If there is none of that name, or real images are asked for without the
+            folder that holds them in `ALPHAFPN_DATA`.
     """
     kind, _, rest = name.partition(" ")
     try:
+        if kind == "people":
+            return _people(name, int(rest), seed)
         if kind == "cells":
             divisor, _, merged = rest.removeprefix("/").partition(" ")
             return _cells(name, int(divisor), one_class=bool(merged))
@@ -118,14 +124,73 @@ def _drawn(family: Family, seed: int) -> DataSet:
 def _cells(name: str, divisor: int, *, one_class: bool) -> DataSet:
     from alphafpn.tiny import read_tile  # noqa: F401  (names the extra where pillow is missing)
 
-    folder = os.environ.get(DATA)
-    if not folder:
-        raise ValueError(f"{name}: expected the folder of the real data in {DATA}, found none")
     splits = [
-        _read_cells(Path(folder) / "bccd", part, divisor, one_class) for part in ("train", "val")
+        _read_cells(_real(name) / "bccd", part, divisor, one_class) for part in ("train", "val")
     ]
     classes = 1 if one_class else 3
     return DataSet(name, *splits, _coco(splits[1], classes), classes, CELL_SIZES, (0.5, 1.0, 2.0))
+
+
+def _real(name: str) -> Path:
+    folder = os.environ.get(DATA)
+    if not folder:
+        raise ValueError(f"{name}: expected the folder of the real data in {DATA}, found none")
+    return Path(folder)
+
+
+def _people(name: str, side: int, seed: int) -> DataSet:
+    folder = _real(name) / "tinyperson640"
+    train = _crops(folder, "train", side, CROPS, seed)
+    # Twice as wide: more background around the people, as whole images have.
+    val = _crops(folder, "val", 2 * side, VAL_CROPS, _VAL_SEED)
+    return DataSet(name, train, val, _coco(val, 1), 1, CELL_SIZES, (0.5, 1.0, 2.0))
+
+
+def _crops(folder: Path, part: str, side: int, count: int, seed: int) -> list[Scene]:
+    """Squares that hold at least one person, of images brought back to their proportions."""
+    import json
+
+    from PIL import Image
+
+    coco = json.loads((folder / f"{part}.json").read_text())
+    marks: dict[int, list[dict[str, Any]]] = {}
+    for mark in coco["annotations"]:
+        marks.setdefault(mark["image_id"], []).append(mark)
+    entries = [
+        entry
+        for entry in coco["images"]
+        if not entry["dense"] and any(not mark["ignore"] for mark in marks.get(entry["id"], []))
+    ]
+    rng = np.random.default_rng(seed)
+    scale = np.array([_PEOPLE_WIDTH / 640, _PEOPLE_HEIGHT / 640] * 2)
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        entry = entries[rng.integers(len(entries))]
+        found = marks[entry["id"]]
+        boxes = np.array([mark["bbox"] for mark in found]) * scale
+        boxes[:, 2:] += boxes[:, :2]
+        ignored = np.array([mark["ignore"] for mark in found])
+        x1, y1, x2, y2 = boxes[rng.choice(np.flatnonzero(~ignored))]
+        at = np.array([(x1 + x2) / 2, (y1 + y2) / 2]) - rng.uniform(0, side, 2)
+        left, top = np.clip(at, 0, [_PEOPLE_WIDTH - side, _PEOPLE_HEIGHT - side])
+        inside = np.clip(boxes - [left, top, left, top], 0, side)
+        share = np.prod(inside[:, 2:] - inside[:, :2], axis=1) / np.prod(
+            boxes[:, 2:] - boxes[:, :2], axis=1
+        )
+        keep = ~ignored & (share >= _LEFT)
+        if not keep.any():
+            continue
+        corners = np.array([left, top, left + side, top + side]) / scale
+        with Image.open(folder / "images" / entry["file_name"]) as file:
+            crop = file.convert("RGB").resize(
+                (side, side), Image.Resampling.BILINEAR, tuple(corners.tolist())
+            )
+        pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
+        for a, b, c, d in inside[~keep].round().astype(int).tolist():
+            pixels[:, b:d, a:c] = round(255 * MEAN)
+        kept = torch.tensor(inside[keep], dtype=torch.float32)
+        scenes.append(Scene(pixels, kept, torch.ones(len(kept), dtype=torch.int64)))
+    return scenes
 
 
 def _read_cells(folder: Path, part: str, divisor: int, one_class: bool) -> list[Scene]:

@@ -39,6 +39,8 @@ RATES = {
     ("pretrained", "sgd"): 3e-2,
 }
 _CELL_RATES = {"adamw": 4e-3, "sgd": 3e-2}
+_PEOPLE, _PEOPLE_STEPS = "people 160", 1600
+_PEOPLE_RATES = {"adamw": 4e-3, "sgd": 3e-2}
 _PILOT_SEED = 100
 
 
@@ -46,6 +48,8 @@ def _config(data: str, seed: int, weights: str, optimizer: str, *kind: str) -> C
     cells = data.startswith("cells")
     steps = 400 if weights == "scratch" and not cells else 300
     rate = _CELL_RATES[optimizer] if cells else RATES[weights, optimizer]
+    if data == _PEOPLE:
+        steps, rate = _PEOPLE_STEPS, _PEOPLE_RATES[optimizer]
     return Config(data, seed, *kind, weights=weights, optimizer=optimizer, rate=rate, steps=steps)
 
 
@@ -78,6 +82,12 @@ _ON_CELLS = (
     CONTROLS[3],
 )
 _SOME = (*((alpha,) for alpha in (*FEW, "S-alpha")), CONTROLS[0], CONTROLS[2])
+_ON_PEOPLE = (
+    *((alpha,) for alpha in ("1", "S-alpha", "0.5", "0.7")),
+    CONTROLS[0],
+    ("0",),
+    ("0.2",),
+)
 _LONG = (*((alpha,) for alpha in ("1", "S-alpha", "0.5", "0")), CONTROLS[0])
 
 
@@ -95,6 +105,9 @@ PARTS: dict[str, Callable[[int], Iterator[Config]]] = {
     "pretrained": _part("pretrained", "adamw", _SOME),
     "sgd": _part("scratch", "sgd", _SOME),
     "pretrained-sgd": _part("pretrained", "sgd", _SOME),
+    "people": _part("scratch", "adamw", _ON_PEOPLE[:5], (_PEOPLE,)),
+    "people-more": _part("scratch", "adamw", _ON_PEOPLE[5:], (_PEOPLE,)),
+    "people-sgd": _part("scratch", "sgd", _ON_PEOPLE[:5], (_PEOPLE,)),
     "cells": _part("scratch", "adamw", _ON_CELLS, CELLS),
     "cells-sgd": _part("scratch", "sgd", (*_SOME, ("S-alpha unclamped",)), CELLS),
     "cells-classes": _part("scratch", "adamw", _SOME, THREE_CLASSES),
