@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _OBJECTS, _FOUND = "#56b4e9", "#ffa500"
 _CONFIDENT = 0.3
+_WIDTH = 165  # of the text below, in characters
 
 
 def draw_picture(
@@ -44,29 +45,26 @@ def draw_picture(
 
     figure = Figure(figsize=(12, 9.5), layout="constrained")
     FigureCanvasAgg(figure)
-    shown = _examples(scenes)
-    columns = 2 * len(shown)
-    grid = figure.add_gridspec(2, 12, height_ratios=(1, 1.15))
-    width = 12 // columns
-    places = itertools.product(shown, (BASELINE, ESTIMATED))
-    for column, (index, row) in enumerate(places):
-        axes = figure.add_subplot(grid[0, width * column : width * (column + 1)])
+    lines = [line for sentence in words for line in textwrap.wrap(sentence, _WIDTH)]
+    scene_part, result_part, text_part = figure.subfigures(
+        3, 1, height_ratios=(10, 10, 0.75 * len(lines))
+    )
+    places = list(itertools.product(_examples(scenes), (BASELINE, ESTIMATED)))
+    above = scene_part.subplots(1, len(places))
+    for axes, (index, row) in zip(above, places, strict=True):
         _draw_scene(axes, scenes[index], found[row][index])
-        axes.set_title(f"{row}\n{len(scenes[index].boxes)} objects", fontsize=10)
-    width = 12 // (1 + len(results))
-    levels = figure.add_subplot(grid[1, :width])
-    estimate.plot(levels)
-    levels.set_title("what S-alpha is estimated from", fontsize=10)
-    for column, (title, part) in enumerate(results.items(), 1):
-        axes = figure.add_subplot(grid[1, width * column : width * (column + 1)])
-        _draw_results(axes, part)
-        axes.set_title(title, fontsize=10)
-    figure.suptitle(
-        f"objects blue, detections above {_CONFIDENT:g} orange, in scenes kept for evaluation",
+        axes.set_title(f"{row}: {len(scenes[index].boxes)} objects", fontsize=10)
+    scene_part.suptitle(
+        f"scenes kept for evaluation: objects blue, detections above {_CONFIDENT:g} orange",
         fontsize=10,
     )
-    text = "\n".join(line for words_ in words for line in textwrap.wrap(words_, 150))
-    figure.supxlabel(text, fontsize=9, x=0.01, ha="left")
+    levels, *others = result_part.subplots(1, 1 + len(results))
+    estimate.plot(levels)
+    levels.set_title("what S-alpha is estimated from", fontsize=10)
+    for axes, (title, part) in zip(others, results.items(), strict=True):
+        _draw_results(axes, part)
+        axes.set_title(title, fontsize=10)
+    text_part.text(0.01, 0.98, "\n".join(lines), fontsize=9, va="top")
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     return png.getvalue()
@@ -93,12 +91,13 @@ def _draw_scene(axes: Axes, scene: Scene, found: dict[str, Tensor]) -> None:
 
 
 def _draw_results(axes: Axes, results: Results) -> None:
-    """A line for each seed, a place for each row."""
+    """A place for each row, a colour for each seed."""
     for runs in zip(*results.values(), strict=True):
         values = [100 * run[MEASURE] for run in runs]
-        axes.plot(values, range(len(values)), marker="o", lw=0.8, label=f"seed {runs[0]['seed']}")
+        axes.plot(values, range(len(values)), "o", alpha=0.7, label=f"seed {runs[0]['seed']}")
     axes.set_yticks(range(len(results)), list(results))
     axes.invert_yaxis()
+    axes.set_xlim(0, 100)
     axes.set_xlabel(f"{MEASURE}, points")
-    axes.legend(fontsize=8)
-    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=8, loc="lower left")
+    axes.grid(alpha=0.3)

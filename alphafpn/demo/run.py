@@ -44,7 +44,7 @@ from alphafpn.surgery import fold_alpha
 from alphafpn.tiny.detectors import RETINANET_SIZES
 
 RESULTS, NEAR = "results", "near"
-_RATIOS = (0.4, 0.4, 0.4)  # of the drawn scenes; TinyPerson's are .37, .37 and .24
+_RATIOS = (0.2, 0.2, 0.2)  # of the drawn scenes
 _TITLES = {RESULTS: "what decides is far away", NEAR: "what decides is near"}
 _MARKER = ".alphafpn-demo"  # names the files that are the demo's
 _STAGING = ".alphafpn-demo-partial-"

@@ -10,9 +10,8 @@ import torch
 
 pytest.importorskip("scipy")
 
-from alphafpn.demo.scenes import as_tensors, drawn_scenes
-from alphafpn.demo.training import Settings, small_detector
 from benchmarks import finetune
+from benchmarks.clutter import Settings, as_tensors, drawn_scenes, small_detector
 from benchmarks.finetune import JUMP, RAMP, RESCALE, STAY, Laboratory, Plan, change, run, table
 from benchmarks.paper import results
 
