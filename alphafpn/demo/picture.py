@@ -47,7 +47,7 @@ def draw_picture(
     FigureCanvasAgg(figure)
     lines = [line for sentence in words for line in textwrap.wrap(sentence, _WIDTH)]
     scene_part, result_part, text_part = figure.subfigures(
-        3, 1, height_ratios=(10, 10, 0.75 * len(lines))
+        3, 1, height_ratios=(10, 10, 0.6 * len(lines))
     )
     places = list(itertools.product(_examples(scenes), (BASELINE, ESTIMATED)))
     above = scene_part.subplots(1, len(places))
@@ -58,7 +58,9 @@ def draw_picture(
         f"scenes kept for evaluation: objects blue, detections above {_CONFIDENT:g} orange",
         fontsize=10,
     )
-    levels, *others = result_part.subplots(1, 1 + len(results))
+    levels, *others = result_part.subplots(
+        1, 1 + len(results), width_ratios=[1.5, *(1 for _ in results)]
+    )
     estimate.plot(levels)
     levels.set_title("what S-alpha is estimated from", fontsize=10)
     for axes, (title, part) in zip(others, results.items(), strict=True):

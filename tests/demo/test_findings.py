@@ -33,11 +33,11 @@ def test_a_verdict_is_what_all_seeds_say(points, expected):
 
 
 def test_a_loss_where_what_decides_is_far_is_told():
-    far = results(s_alpha=(46, 48), none=(45, 50), half=(50, 70))
+    far = results(s_alpha=(46, 48), none=(45, 50), half=(50, 70), first=(50, 72))
     text = " ".join(findings(far, results(none=(60, 60), first=(70, 72)), FACTORS))
     assert "S-alpha loses (-24.0, -23.0)" in text
     assert f"alpha = 0.5 {SPLIT} (-20.0, -1.0)" in text
-    assert "S-alpha loses only where that decides; so does alpha = 0" in text
+    assert "S-alpha loses only where that decides; so does alpha = 0, which cuts it off. " in text
     assert "0.36, 0.45, 0.23 where what decides is far, 0.37, 0.42, 0.25" in text
     assert "no top-down path at all (alpha = 0) loses (-10.0, -11.0)" in text
     assert f"the first function alone {EQUAL} (+0.0, +1.0)" in text
@@ -56,7 +56,10 @@ def test_what_the_figures_do_not_show_is_not_claimed(far, near):
 
 def test_alpha_0_is_named_only_if_it_loses():
     text = " ".join(findings(results(s_alpha=(46, 48)), results(), FACTORS))
-    assert "S-alpha loses only where that decides. " in text
+    told = (
+        "S-alpha loses only where that decides; from the same first function, alpha = 1 does not. "
+    )
+    assert told in text
 
 
 def test_own_scenes_have_one_sentence():

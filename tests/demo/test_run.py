@@ -137,7 +137,7 @@ def test_own_images_become_scenes_of_tiny_objects(own, tmp_path, quick):
     assert outcome["data"]["train_scenes"] == SMALL.train
     assert "near" not in outcome
     assert tuple(outcome["results"]) == ROWS
-    assert "your" in outcome["note"]
+    assert "another one" in outcome["note"]
     for name in ("train", "val"):
         data = coco(tmp_path / "out" / "data" / f"{name}.json")
         assert {entry["category_id"] for entry in data["annotations"]} == {1}
