@@ -170,5 +170,5 @@ def test_the_demo_prints_its_outcome_and_says_what_it_shows(monkeypatch, capsys,
     assert captured.err.splitlines() == [
         "It loses.",
         "Not shown: more.",
-        f"see {tmp_path}/demo.png",
+        f"see {tmp_path / 'demo.png'}",
     ]

@@ -6,7 +6,7 @@ import io
 import itertools
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -46,9 +46,9 @@ def draw_picture(
     figure = Figure(figsize=(12, 9.5), layout="constrained")
     FigureCanvasAgg(figure)
     lines = [line for sentence in words for line in textwrap.wrap(sentence, _WIDTH)]
-    scene_part, result_part, text_part = figure.subfigures(
-        3, 1, height_ratios=(10, 10, 0.6 * len(lines))
-    )
+    heights = (10, 10, 0.6 * len(lines))
+    parts: Any = figure.subfigures(3, 1, height_ratios=heights)
+    scene_part, result_part, text_part = parts
     places = list(itertools.product(_examples(scenes), (BASELINE, ESTIMATED)))
     above = scene_part.subplots(1, len(places))
     for axes, (index, row) in zip(above, places, strict=True):
