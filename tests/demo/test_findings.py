@@ -56,10 +56,7 @@ def test_what_the_figures_do_not_show_is_not_claimed(far, near):
 
 def test_alpha_0_is_named_only_if_it_loses():
     text = " ".join(findings(results(s_alpha=(46, 48)), results(), FACTORS))
-    told = (
-        "S-alpha loses only where that decides; from the same first function, alpha = 1 does not. "
-    )
-    assert told in text
+    assert "only where that decides; alpha = 1 from the same first function does not. " in text
 
 
 def test_own_scenes_have_one_sentence():

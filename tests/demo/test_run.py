@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +23,8 @@ from alphafpn.demo.scenes import Scene
 from alphafpn.demo.training import ESTIMATED, FIRST, ROWS, Training, train_and_evaluate
 from alphafpn.estimate.for_detector import estimate_alpha_for
 
-SMALL = Settings(train=6, val=3, steps=1, seeds=(0,), processes=1)
 LITTLE = Settings(train=6, val=3, steps=1, seeds=(0, 1), processes=1)
+FEWER = Settings(train=5, val=2, steps=1, seeds=(0,), processes=1)
 FAMILIES = ("results", "near")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,12 +107,6 @@ def test_the_folded_stock_detector_finds_the_same():
     assert folding["largest_difference_in_score"] < 1e-9
 
 
-def test_the_factors_of_the_full_demo_are_those_of_its_sizes():
-    for far in (False, True):
-        _, estimate = run._drawn((100, 1), far=far)
-        assert estimate.ratios[:2] == pytest.approx((0.2, 0.2), abs=0.08)
-
-
 def test_detections_are_compared_whatever_their_order():
     boxes = torch.tensor([[0.0, 0, 8, 8], [20, 20, 30, 34]])
     found = [{"boxes": boxes, "scores": torch.tensor([0.9, 0.5])}]
@@ -132,9 +127,9 @@ def test_detections_are_compared_whatever_their_order():
 
 def test_own_images_become_scenes_of_tiny_objects(own, tmp_path, quick):
     images, path, _ = own
-    outcome = run_demo(tmp_path / "out", images, path, settings=SMALL)
+    outcome = run_demo(tmp_path / "out", images, path, settings=FEWER)
     assert outcome["data"]["scale"] == pytest.approx(0.25, rel=0.02)
-    assert outcome["data"]["train_scenes"] == SMALL.train
+    assert outcome["data"]["train_scenes"] == FEWER.train
     assert "near" not in outcome
     assert tuple(outcome["results"]) == ROWS
     assert "another one" in outcome["note"]
@@ -148,32 +143,36 @@ def test_own_images_become_scenes_of_tiny_objects(own, tmp_path, quick):
 # What is left behind
 
 
-def test_a_second_run_replaces_its_own_files_and_no_others(own, tmp_path, quick):
-    out = tmp_path / "out"
+@pytest.fixture
+def earlier(finished, tmp_path):
+    """A copy of the folder."""
+    return Path(shutil.copytree(finished[0], tmp_path / "out"))
+
+
+def test_a_second_run_replaces_its_own_files_and_no_others(own, earlier, quick):
+    (earlier / "data" / "mine.txt").write_text("mine")
+    (earlier / "data" / "val.json").write_text("damaged")
+    (earlier / ".alphafpn-demo-partial-of-a-killed-run").mkdir()
     images, path, _ = own
-    run_demo(out, images, path, settings=SMALL)
-    before = contents(out)
-    (out / "data" / "mine.txt").write_text("mine")
-    (out / "data" / "val.json").write_text("damaged")
-    (out / ".alphafpn-demo-partial-of-a-killed-run").mkdir()
-    run_demo(out, images, path, settings=SMALL)
-    after = contents(out)
-    assert after.pop("data/mine.txt") == b"mine"
-    assert set(after) == set(before)
-    for name in set(before) - {"outcome.json"}:
-        assert after[name] == before[name], name
-    assert {path.name for path in out.iterdir() if path.is_dir()} == {"data"}
-    fewer = Settings(train=5, val=3, steps=1, seeds=(0,), processes=1)
-    run_demo(out, images, path, settings=fewer)
-    assert set(before) - set(contents(out)) == {"data/train/0005.png"}
-    assert (out / "data" / "mine.txt").exists()
+    outcome = run_demo(earlier, images, path, settings=FEWER)
+    after = contents(earlier)
+    assert after["data/mine.txt"] == b"mine"
+    assert json.loads(after["outcome.json"]) == outcome
+    assert len(json.loads(after["data/val.json"])["images"]) == FEWER.val
+    assert set(after) == {
+        *(f"data/train/{i:04}.png" for i in range(FEWER.train)),
+        *(f"data/val/{i:04}.png" for i in range(FEWER.val)),
+        *("data/train.json", "data/val.json", "data/mine.txt"),
+        *("demo.png", "outcome.json", ".alphafpn-demo"),
+    }
+    assert {path.name for path in earlier.iterdir() if path.is_dir()} == {"data"}
 
 
 @pytest.mark.parametrize("name", ["data", "demo.png", "outcome.json"])
 def test_other_peoples_files_are_not_overwritten(tmp_path, name):
     (tmp_path / name).write_text("theirs")
     with pytest.raises(FileExistsError, match=f"{name}: not written by the demo"):
-        run_demo(tmp_path, settings=SMALL)
+        run_demo(tmp_path, settings=FEWER)
     assert contents(tmp_path) == {name: b"theirs"}
 
 
@@ -209,9 +208,8 @@ def test_a_run_that_is_killed_leaves_the_earlier_outcome(finished, tmp_path):
     assert contents(out) == before
 
 
-def test_a_disk_that_is_full_leaves_the_earlier_outcome(tmp_path, quick, monkeypatch):
-    run_demo(tmp_path, settings=SMALL)
-    before = contents(tmp_path)
+def test_a_disk_that_is_full_leaves_the_earlier_outcome(earlier, quick, monkeypatch):
+    before = contents(earlier)
     real = Path.write_bytes
 
     def full(path, content):
@@ -220,11 +218,10 @@ def test_a_disk_that_is_full_leaves_the_earlier_outcome(tmp_path, quick, monkeyp
         return real(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    changed = Settings(train=5, val=2, steps=1, seeds=(0,), processes=1)
     with pytest.raises(OSError, match="no space"):
-        run_demo(tmp_path, settings=changed)
-    assert contents(tmp_path) == before
-    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"data"}
+        run_demo(earlier, settings=FEWER)
+    assert contents(earlier) == before
+    assert {path.name for path in earlier.iterdir() if path.is_dir()} == {"data"}
 
 
 # Mistakes
@@ -271,7 +268,7 @@ def test_mistakes_in_the_data_are_named_and_leave_nothing_behind(
     change(data)
     path.write_text(json.dumps(data))
     with pytest.raises(error, match=match):
-        run_demo(tmp_path / "out", images, path, settings=SMALL)
+        run_demo(tmp_path / "out", images, path, settings=FEWER)
     assert not (tmp_path / "out").exists()
 
 
@@ -280,7 +277,7 @@ def test_files_that_are_not_there(own, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.json"):
         run_demo(tmp_path / "out", images, tmp_path / "nothing.json")
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        run_demo(tmp_path / "out", tmp_path / "nowhere", path, settings=SMALL)
+        run_demo(tmp_path / "out", tmp_path / "nowhere", path, settings=FEWER)
     with pytest.raises(ValueError, match="expected both or none"):
         run_demo(tmp_path / "out", images)
     assert not (tmp_path / "out").exists()
@@ -292,7 +289,7 @@ def test_without_tiny_objects_there_is_nothing_to_compare(tmp_path, monkeypatch)
     large = Scene(pixels, boxes, torch.ones(1, dtype=torch.int64))
     monkeypatch.setattr(run, "own_scenes", lambda *args: (1.0, [large], [large]))
     with pytest.raises(ValueError, match=r"large\.json: expected tiny objects"):
-        run_demo(tmp_path / "out", tmp_path, tmp_path / "large.json", settings=SMALL)
+        run_demo(tmp_path / "out", tmp_path, tmp_path / "large.json", settings=FEWER)
     assert not (tmp_path / "out").exists()
 
 
@@ -307,5 +304,5 @@ def test_a_missing_extra_is_named_before_any_work(tmp_path, monkeypatch, module)
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r'pip install "alphafpn\[(demo|tiny)\]"'):
-        run_demo(tmp_path / "out", settings=SMALL)
+        run_demo(tmp_path / "out", settings=FEWER)
     assert not (tmp_path / "out").exists()
