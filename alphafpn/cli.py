@@ -105,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="estimate, train, fold and compare, in a few minutes",
-        description="Trains a small detector with alpha = 1 and with the estimated factors on "
-        "generated scenes, or on your images, and compares them (extra: demo).",
+        description="Trains a small detector with alpha = 1, with the estimated factors and with "
+        "others on drawn scenes, or on your images, and compares them (extra: demo).",
     )
     demo.add_argument("--images", type=Path, metavar="DIR", help="your images")
     demo.add_argument("--annotations", type=Path, metavar="FILE", help="their COCO-format JSON")
@@ -220,6 +220,8 @@ def _demo(options: argparse.Namespace) -> None:
 
     outcome = run_demo(out=options.out, images=options.images, annotations=options.annotations)
     print(json.dumps(outcome, allow_nan=False, indent=2))
+    for sentence in (*outcome["findings"], outcome["note"], f"see {options.out / 'demo.png'}"):
+        print(sentence, file=sys.stderr)
 
 
 def _positive(text: str) -> int:

@@ -159,3 +159,16 @@ def test_as_a_program(annotations, tmp_path):
     assert bad.stderr.startswith("alphafpn: error: ")
     assert bad.stderr.count("\n") == 1
     assert "Traceback" not in bad.stderr
+
+
+def test_the_demo_prints_its_outcome_and_says_what_it_shows(monkeypatch, capsys, tmp_path):
+    outcome = {"results": {}, "findings": ["It loses."], "note": "Not shown: more."}
+    monkeypatch.setattr("alphafpn.demo.run_demo", lambda **given: outcome)
+    main(["demo", "--out", str(tmp_path)])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == outcome
+    assert captured.err.splitlines() == [
+        "It loses.",
+        "Not shown: more.",
+        f"see {tmp_path / 'demo.png'}",
+    ]
