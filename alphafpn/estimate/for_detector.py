@@ -51,6 +51,13 @@ def estimate_alpha_for(
         TypeError: if `model` or `dataset` is of another kind.
         ValueError: if an annotation is broken, no boxes are left, or two levels of the detector
             cannot be told apart (torchvision's MobileNet detectors).
+
+    Examples:
+        >>> from torchvision.models import get_model
+        >>> model = get_model("fasterrcnn_resnet50_fpn", weights=None, weights_backbone=None)
+        >>> boxes = torch.tensor([[10.0, 10.0, 40.0, 50.0], [200, 90, 300, 150]])
+        >>> estimate_alpha_for(model, [((480, 640), boxes)]).counts
+        (0, 1, 1, 0, 0)
     """
     clamp = check_clamp(clamp)
     view = DetectorView(model)
