@@ -108,7 +108,7 @@ def _layouts(
         try:
             resized, padded = view.frame(size, min_size)
         except ValueError as error:
-            raise ValueError(f"image {first[i]}: {error}") from None
+            raise ValueError(f"{annotations.place(first[i])}: {error}") from None
         if padded not in index:
             index[padded] = len(layouts)
             layouts.append(AnchorLayout(*view.anchor_grids(padded)))
