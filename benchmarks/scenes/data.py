@@ -84,7 +84,8 @@ def load(name: str, seed: int) -> DataSet:
         name: `near .2/.2/.2` or `far .2/.8/.8`, see `Family`; or `cells /5` for all three classes
             at a fifth of their size, `cells /5 one class` for all as one; or `people 160` for
             crops of that side from TinyPerson's images.
-        seed: Of the drawn scenes, or of the crops, to train on. Those to be judged on are the same for all seeds.
+        seed: Of the drawn scenes, or of the crops, to train on. Those to be judged on are the
+            same for all seeds.
 
     Raises:
         ValueError: If there is none of that name, or real images are asked for without the
