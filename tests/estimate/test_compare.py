@@ -85,13 +85,15 @@ def test_rows_that_cannot_be_built_are_left_out():
     def scales(model):
         return [(r.anchor_scale, r.input_scale) for r in compare_anchors(model, dataset).rows]
 
-    # A size of 1 rounds to nothing; sizes of 4 and 5 both become 1/4 of it as 1 * 2.
+    # A size of 1 rounds to nothing.
     assert scales(small_detector("fcos", (8, 16, 32, 64))) == [(1, 1), (0.5, 1), (0.25, 1), (1, 2)]
-    alike = small_detector("fcos", (16, 16, 32, 64))
-    alike.transform = Undone(64, 100, [0.5] * 3, [0.5] * 3)
-    assert scales(alike) == [(1, 1), (0.5, 1), (0.25, 1), (0.125, 1)]
-    twins = small_detector(sizes=(16, 16.4, 64, 128))
-    assert (1, 2) in scales(twins)
+    model = small_detector("fcos", (16, 32, 64, 128))
+    model.transform = Undone(64, 100, [0.5] * 3, [0.5] * 3)
+    assert scales(model) == [(1, 1), (0.5, 1), (0.25, 1), (0.125, 1)]
+    # With one square for each position, sizes of 16 and 20 are alike as 2 and 2.5.
+    model = small_detector(sizes=(16, 20, 64, 128))
+    model.anchor_generator = AnchorGenerator(((16,), (20,), (64,), (128,)), ((1.0,),) * 4)
+    assert scales(model) == [(1, 1), (0.5, 1), (0.25, 1), (1, 2)]
 
 
 class Undone(GeneralizedRCNNTransform):
@@ -127,10 +129,9 @@ def test_hand_made_anchors_shrink_about_their_centres():
     row = compare_anchors(model, dataset).rows[1]
     assert row.anchor_sizes == ()
     generator.cell_anchors = [
-        torch.tensor([[3, 6, 7, 14]]) * 2**i + torch.tensor([[0, 0, 0, 0]]) + offset
-        for i, offset in ((i, torch.tensor([[1 - 2**i, 2 - 2 * 2**i] * 2])) for i in range(4))
+        torch.tensor([[1.0 + 2 * 2**i, 2 + 4 * 2**i, 1 + 6 * 2**i, 2 + 12 * 2**i]])
+        for i in range(4)
     ]
-    generator.cell_anchors = [cells.float() for cells in generator.cell_anchors]
     assert row.estimate == estimate_alpha_for(model, dataset)
 
 
