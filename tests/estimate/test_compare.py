@@ -90,9 +90,9 @@ def test_rows_that_cannot_be_built_are_left_out():
     model = small_detector("fcos", (16, 32, 64, 128))
     model.transform = Undone(64, 100, [0.5] * 3, [0.5] * 3)
     assert scales(model) == [(1, 1), (0.5, 1), (0.25, 1), (0.125, 1)]
-    # With one square for each position, sizes of 16 and 20 are alike as 2 and 2.5.
-    model = small_detector(sizes=(16, 20, 64, 128))
-    model.anchor_generator = AnchorGenerator(((16,), (20,), (64,), (128,)), ((1.0,),) * 4)
+    # With one square for each position, sizes of 16 and 22 are alike as 2 and 2.75.
+    model = small_detector(sizes=(16, 22, 64, 128))
+    model.anchor_generator = AnchorGenerator(((16,), (22,), (64,), (128,)), ((1.0,),) * 4)
     assert scales(model) == [(1, 1), (0.5, 1), (0.25, 1), (1, 2)]
 
 
@@ -107,8 +107,10 @@ def test_a_transform_that_enlarges_with_the_image():
     model = small_detector(sizes=(16, 32, 64, 128))
     model.transform = Halved((40, 64), 100, [0.5] * 3, [0.5] * 3)
     dataset = [((120, 90), torch.tensor([[2.0, 4, 33, 20], [50, 30, 58, 44]]))]
-    own, *_, twice = compare_anchors(model, dataset).rows
-    assert twice.estimate.mean_size == pytest.approx(2 * own.estimate.mean_size)
+    row = compare_anchors(model, dataset).rows[-1]
+    doubled = [((2 * h, 2 * w), 2 * boxes) for (h, w), boxes in dataset]
+    assert row.input_scale == 2
+    assert row.estimate == estimate_alpha_for(model, doubled)
 
 
 def test_the_papers_detectors():
