@@ -176,8 +176,8 @@ def _detector(options: argparse.Namespace) -> nn.Module:
     names = _detector_names()
     if options.detector not in names:
         raise ValueError(
-            f"--detector: no feature pyramid detector named {options.detector!r}"
-            f"{_nearest(options.detector, names)}; known names are {', '.join(names)}"
+            f"--detector: no feature pyramid detector named {options.detector!r}; known "
+            f"names are {', '.join(names)}{_nearest(options.detector, names)}"
         )
     sizes = {"min_size": options.min_size, "max_size": options.max_size}
     given = {name: value for name, value in sizes.items() if value is not None}
