@@ -1,6 +1,12 @@
 """Fusion factors for torchvision's feature pyramids (Gong et al., WACV 2021)."""
 
-from alphafpn.estimate import AlphaEstimate, AnchorLayout, estimate_alpha, estimate_alpha_for
+from alphafpn.estimate import (
+    AlphaEstimate,
+    AnchorLayout,
+    compare_anchors,
+    estimate_alpha,
+    estimate_alpha_for,
+)
 from alphafpn.gradients import gradient_shares
 from alphafpn.pyramid import (
     AlphaFeaturePyramidNetwork,
@@ -17,6 +23,7 @@ __all__ = [
     "AttentionAlpha",
     "LearnableAlpha",
     "alpha_parameters",
+    "compare_anchors",
     "estimate_alpha",
     "estimate_alpha_for",
     "fold_alpha",

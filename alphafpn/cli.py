@@ -7,12 +7,14 @@ Results go to stdout, progress and messages to stderr. A mistake in what the use
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import json
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,9 +23,13 @@ from torch import nn
 from torchvision.models import detection, get_model_builder, list_models
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from alphafpn import AlphaEstimate, __version__, estimate_alpha_for
+from alphafpn import AlphaEstimate, __version__
 from alphafpn.axes import new_axes
-from alphafpn.estimate.result.report import warnings
+from alphafpn.estimate.anchors.detector import DetectorView
+from alphafpn.estimate.annotations.read import read_annotations
+from alphafpn.estimate.compare import compare_view
+from alphafpn.estimate.for_detector import estimate_view
+from alphafpn.estimate.result.report import anchors_come_first, warnings
 
 TINY = ("tiny_retinanet", "tiny_faster_rcnn")
 
@@ -32,12 +38,19 @@ class _Parser(argparse.ArgumentParser):
     """One line per mistake, instead of the usage before it."""
 
     def error(self, message: str) -> NoReturn:
+        if re.search(r"^argument --detector|required: .*--detector$", message):
+            message += f"; known names are {', '.join(_detector_names())}"
+        elif found := re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message):
+            message += _nearest(found[1], re.findall(r"[\w-]+", found[2]))
         _fail(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; leaves by `SystemExit` unless all went well."""
-    options = _parser().parse_args(arguments)
+    options, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        known = re.findall(r"--[\w-]+", options.usage)
+        _fail(f"unrecognized arguments: {' '.join(unknown)}{_nearest(unknown[0], known)}")
     try:
         options.run(options)
     except (ValueError, TypeError, ImportError) as error:
@@ -55,6 +68,18 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about a mistyped name: the known one that it may stand for."""
+    names = list(known)
+    begun = [other for other in names if other.startswith(name)]
+    found = begun or difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _detector_names() -> list[str]:
+    return [*(name for name in list_models(module=detection) if "_fpn" in name), *TINY]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="alphafpn", description="Fusion factors for tiny-object detectors.")
     parser.add_argument("--version", action="version", version=f"alphafpn {__version__}")
@@ -66,7 +91,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Counts the boxes of a COCO-format file per pyramid level of a detector, as "
         "its network sees them, and prints the fusion factors.",
     )
-    estimate.add_argument("annotations", type=Path, metavar="ANNOTATIONS", help="COCO-format JSON")
+    estimate.add_argument(
+        "annotations",
+        type=Path,
+        nargs="+",
+        metavar="ANNOTATIONS",
+        help="COCO-format JSON; several files count as one",
+    )
     estimate.add_argument(
         "--detector",
         required=True,
@@ -100,13 +131,13 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("--no-clamp", action="store_true", help="leave the factors unclamped")
     estimate.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     estimate.add_argument("--plot", type=Path, metavar="FILE", help="save a picture")
-    estimate.set_defaults(run=_estimate)
+    estimate.set_defaults(run=_estimate, usage=estimate.format_usage())
 
     demo = commands.add_parser(
         "demo",
         help="estimate, train, fold and compare, in a few minutes",
-        description="Trains a small detector with alpha = 1 and with the estimated factors on "
-        "generated scenes, or on your images, and compares them (extra: demo).",
+        description="Trains a small detector with alpha = 1, with the estimated factors and with "
+        "others on drawn scenes, or on your images, and compares them (extra: demo).",
     )
     demo.add_argument("--images", type=Path, metavar="DIR", help="your images")
     demo.add_argument("--annotations", type=Path, metavar="FILE", help="their COCO-format JSON")
@@ -117,36 +148,36 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("alphafpn-demo"),
         help="default: %(default)s",
     )
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, usage=demo.format_usage())
     return parser
 
 
 def _estimate(options: argparse.Namespace) -> None:
     kind = None if options.plot is None else _picture_kind(options.plot)
-    model = _detector(options)
-    estimate = estimate_alpha_for(
-        model,
-        options.annotations,
-        category_ids=options.categories,
-        clamp=None if options.no_clamp else (0.2, 2.0),
-    )
+    view = DetectorView(_detector(options))
+    annotations = read_annotations(options.annotations, category_ids=options.categories)
+    estimate = estimate_view(view, annotations, None if options.no_clamp else (0.2, 2.0))
+    others = compare_view(view, annotations, estimate) if anchors_come_first(estimate) else None
     if kind is not None:
         _save_plot(estimate, options.plot, kind)
     if options.json:
-        print(json.dumps(estimate.to_dict(), allow_nan=False))
+        anchors = None if others is None else others.to_list()
+        print(json.dumps({**estimate.to_dict(), "anchors": anchors}, allow_nan=False))
         for text in warnings(estimate):
             print("warning:", text, file=sys.stderr)
     else:
         print(estimate.summary())
+        if others is not None:
+            print(f"\n{others}")
 
 
 def _detector(options: argparse.Namespace) -> nn.Module:
     """The detector by name, without weights: only its anchors and sizes matter."""
-    names = [name for name in list_models(module=detection) if "_fpn" in name]
-    if options.detector not in (*names, *TINY):
+    names = _detector_names()
+    if options.detector not in names:
         raise ValueError(
-            f"--detector: no feature pyramid detector named {options.detector!r}; known are "
-            + ", ".join([*names, *TINY])
+            f"--detector: no feature pyramid detector named {options.detector!r}; known "
+            f"names are {', '.join(names)}{_nearest(options.detector, names)}"
         )
     sizes = {"min_size": options.min_size, "max_size": options.max_size}
     given = {name: value for name, value in sizes.items() if value is not None}
@@ -190,6 +221,7 @@ def _picture_kind(path: Path) -> str:
     if kind not in kinds:
         raise ValueError(
             f"--plot {path}: expected a file name that ends in one of {', '.join(sorted(kinds))}"
+            + _nearest(kind, kinds)
         )
     if not path.parent.is_dir():
         raise ValueError(f"--plot {path}: expected its folder to exist, found none")
@@ -220,6 +252,8 @@ def _demo(options: argparse.Namespace) -> None:
 
     outcome = run_demo(out=options.out, images=options.images, annotations=options.annotations)
     print(json.dumps(outcome, allow_nan=False, indent=2))
+    for sentence in (*outcome["findings"], outcome["note"], f"see {options.out / 'demo.png'}"):
+        print(sentence, file=sys.stderr)
 
 
 def _positive(text: str) -> int:

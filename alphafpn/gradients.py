@@ -98,6 +98,15 @@ def gradient_shares(
         TypeError: If `model` holds no pyramid or several, is scripted or sharded by FSDP, or
             returns no losses.
         ValueError: If images and targets do not fit, or a loss or gradient is not finite.
+
+    Examples:
+        >>> from alphafpn.tiny import tiny_retinanet
+        >>> model = tiny_retinanet("resnet18", weights_backbone=None)
+        >>> boxes, labels = torch.tensor([[4.0, 4.0, 12.0, 14.0]]), torch.tensor([1])
+        >>> target = {"boxes": boxes, "labels": labels}
+        >>> shares = gradient_shares(model, [torch.rand(3, 64, 64)], [target])
+        >>> shares.level_names, tuple(shares.norms.shape)
+        (('P2', 'P3', 'P4', 'P5', 'P6'), (4, 5))
     """
     model = _unwrapped(model)
     path, fpn = _only_pyramid(model)

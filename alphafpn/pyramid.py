@@ -28,6 +28,11 @@ class LearnableAlpha:
     Raises:
         TypeError: If `init` is not made of numbers.
         ValueError: If `shared=True` and the values of `init` differ.
+
+    Examples:
+        >>> AlphaFeaturePyramidNetwork([8, 16, 32], 4, alpha=LearnableAlpha(0.5)).alpha
+        Parameter containing:
+        tensor([0.5000, 0.5000], requires_grad=True)
     """
 
     init: float | Sequence[float] = 1.0
@@ -56,6 +61,11 @@ class AttentionAlpha:
     Raises:
         TypeError: If `init` is not made of numbers.
         ValueError: If `reduction` is not a positive integer.
+
+    Examples:
+        >>> pyramid = AlphaFeaturePyramidNetwork([8, 16], 4, alpha=AttentionAlpha(0.5))
+        >>> pyramid.gates[0](torch.rand(2, 4, 3, 3)).flatten()
+        tensor([0.5000, 0.5000], grad_fn=<ViewBackward0>)
     """
 
     init: float | Sequence[float] = 1.0
@@ -189,6 +199,11 @@ def alpha_parameters(model: nn.Module) -> list[nn.Parameter]:
 
     They make an optimizer group of their own. An optimizer built before `patch_detector` made them
     does not hold them: `optimizer.add_param_group({"params": alpha_parameters(model)})`.
+
+    Examples:
+        >>> pyramid = AlphaFeaturePyramidNetwork([8, 16, 32], 4, alpha=LearnableAlpha(0.5))
+        >>> len(alpha_parameters(pyramid))
+        1
     """
     return [
         tensor

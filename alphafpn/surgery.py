@@ -58,6 +58,12 @@ def patch_detector(model: M, alpha: Alpha) -> M:
         TypeError: If there is no pyramid, or one of another class or with a `forward` of its own;
             if something is scripted or wrapped in DDP or FSDP; if `alpha` is of no known kind.
         ValueError: If `alpha` does not fit a pyramid. In all cases the model is as it was.
+
+    Examples:
+        >>> from torchvision.ops import FeaturePyramidNetwork
+        >>> pyramid = patch_detector(FeaturePyramidNetwork([8, 16, 32], 4), [0.5, 0.25])
+        >>> pyramid.alpha
+        tensor([0.5000, 0.2500])
     """
     planned = [
         (fpn, make_factors(fpn, alpha, f"alpha of {path}")) for path, fpn in _pyramids(model)
@@ -81,6 +87,12 @@ def unpatch_detector(model: M) -> M:
 
     Raises:
         TypeError: If there is no patched pyramid, or where `patch_detector` raises it.
+
+    Examples:
+        >>> from torchvision.ops import FeaturePyramidNetwork
+        >>> pyramid = patch_detector(FeaturePyramidNetwork([8, 16, 32], 4), 0.5)
+        >>> type(unpatch_detector(pyramid)).__name__
+        'FeaturePyramidNetwork'
     """
     for _, fpn in _patched(model):
         remove_factors(fpn)
@@ -108,6 +120,14 @@ def fold_alpha(model: M) -> M:
         ValueError: If a factor is 0, or comes from attention; if scaled weights leave the range of
             their dtype; if a weight to scale is missing, parametrised or shared with something
             else in the model. In all cases the model is as it was.
+
+    Examples:
+        >>> from torchvision.ops import FeaturePyramidNetwork
+        >>> pyramid = patch_detector(FeaturePyramidNetwork([8, 16], 4), 0.5)
+        >>> maps = {"fine": torch.rand(1, 8, 4, 4), "coarse": torch.rand(1, 16, 2, 2)}
+        >>> before = pyramid(maps)["fine"]
+        >>> torch.allclose(fold_alpha(pyramid)(maps)["fine"], before, atol=1e-6)
+        True
     """
     pyramids = _patched(model)
     owners = _owners(model)

@@ -3,7 +3,7 @@
     python -m benchmarks.finetune run --seeds 5 --budget-minutes 35
     python -m benchmarks.finetune table
 
-`run` trains the demo's detector on the demo's scenes with factors of 1, once per seed, and then
+`run` trains a small detector on cluttered scenes with factors of 1, once per seed, and then
 fine-tunes it on other scenes. Runs of a seed start from the same weights and see the same batches.
 Each finished run is a line of the results file, and is not repeated. `table` writes what the file
 says between the marks of docs/experiments.md.
@@ -31,13 +31,13 @@ import torchvision
 from torch import nn
 
 from alphafpn import estimate_alpha_for, fold_alpha, patch_detector
-from alphafpn.demo.scenes import as_coco, as_tensors, drawn_scenes
-from alphafpn.demo.training import (
-    MEASURE,
+from alphafpn.demo.training import MEASURE, detect, evaluate
+from benchmarks.clutter import (
     Settings,
+    as_tensors,
     batches,
-    detect,
-    evaluate,
+    coco,
+    drawn_scenes,
     small_detector,
     train_detector,
 )
@@ -80,7 +80,7 @@ class Plan:
     def runs(self, seed: int) -> Iterator[dict[str, Any]]:
         """The configurations of a seed."""
         plan = dataclasses.asdict(self)
-        del plan["rates"], plan["pretraining"]["seeds"]
+        del plan["rates"]
         kinds = [("1", STAY), *itertools.product(TARGETS, (JUMP, RAMP, RESCALE))]
         for optimizer, rate in self.rates:
             for target, way in kinds:
@@ -105,13 +105,14 @@ class Laboratory:
             list(drawn_scenes(count, settings.side, seed)) for seed, count in enumerate(counts)
         )
         self.first, self.val, self.second = (as_tensors(part) for part in (first, val, second))
-        self.truth = as_coco("val", val)
+        self.truth = coco("val", val)
         items = [((image.shape[-2], image.shape[-1]), boxes) for image, boxes in self.second]
         self.estimate = estimate_alpha_for(small_detector(settings), items)
 
     def figure(self, model: nn.Module) -> float:
         """AP50_tiny on the scenes to evaluate on; leaves the model in training mode."""
-        found = evaluate(self.truth, detect(model.eval(), self.val))[MEASURE]
+        images = [image for image, _ in self.val]
+        found = evaluate(self.truth, detect(model.eval(), images, batch=8))[MEASURE]
         model.train()
         return found
 
@@ -121,7 +122,7 @@ class Laboratory:
         name = hash_of({**dataclasses.asdict(settings), "seeds": seed})
         path = self.folder / f"{name}.pt"
         if not path.exists():
-            model, _ = train_detector(1.0, self.first, seed, settings, lambda: None)
+            model = train_detector(1.0, self.first, seed, settings)
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}")
             torch.save({"weights": model.state_dict(), "figure": self.figure(model)}, partial)

@@ -71,7 +71,7 @@ def worked_example(images: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.chdir(folder):
             exec("\n".join(blocks), {})
-        for picture in Path(folder).glob("worked-example-*.png"):
+        for picture in Path(folder).glob("worked-example-*"):
             shutil.copy(picture, images)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from torchvision.models import detection
 
-from alphafpn import estimate_alpha_for
+from alphafpn import compare_anchors, estimate_alpha_for
 from alphafpn.cli import main
-from tests.malformed import MALFORMED, coco
+from tests.malformed import MALFORMED, annotation, coco
 
 RETINANET = ("--detector", "retinanet_resnet50_fpn_v2")
 
@@ -53,11 +53,48 @@ def test_json_is_the_estimate_of_the_library(annotations, capsys):
     main(["estimate", str(annotations), *RETINANET, "--json"])
     printed = json.loads(capsys.readouterr().out)
     model = detection.retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None)
+    # Some levels have no objects, so the answer holds what other anchors would give.
+    anchors = printed.pop("anchors")
+    assert anchors == compare_anchors(model, annotations).to_list()
     assert printed == estimate_alpha_for(model, annotations).to_dict()
     assert {
         "alpha", "ratios", "counts", "level_names", "num_boxes", "num_unmatched",
         "confidence_interval",
     } <= printed.keys()  # fmt: skip
+
+
+def test_several_files_count_as_one(annotations, tmp_path, capsys):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(coco()))
+    main(["estimate", str(annotations), str(other), *RETINANET, "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["num_images"], printed["num_boxes"]) == (4, 4)
+    other.write_text("{")
+    assert f"error: {other}: " in fail(capsys, "estimate", annotations, other, *RETINANET)
+    # The place of an image that a detector cannot take is that in its file.
+    thin = {"id": 1, "width": 1, "height": 3000}
+    other.write_text(json.dumps(coco(images=[thin], annotations=[])))
+    error = fail(capsys, "estimate", annotations, other, *RETINANET)
+    assert f"error: {other}: images[0]: " in error
+
+
+def test_anchors_that_fit_are_left_at_that(tmp_path, capsys):
+    path = tmp_path / "fits.json"
+    boxes = [[40, 40, s, s] for s in (32, 32, 64, 128, 250) for _ in range(3)]
+    entries = [annotation(bbox=box) for box in boxes]
+    image = {"id": 7, "width": 800, "height": 800}
+    path.write_text(json.dumps(coco(images=[image], annotations=entries)))
+    main(["estimate", str(path), "--detector", "fasterrcnn_resnet50_fpn"])
+    assert "own x 1/2" not in capsys.readouterr().out
+    main(["estimate", str(path), "--detector", "fasterrcnn_resnet50_fpn", "--json"])
+    assert json.loads(capsys.readouterr().out)["anchors"] is None
+    for entry in entries:
+        entry["bbox"][2:] = [8, 8]
+    path.write_text(json.dumps(coco(images=[image], annotations=entries)))
+    main(["estimate", str(path), "--detector", "fasterrcnn_resnet50_fpn"])
+    out = capsys.readouterr().out
+    assert "own x 1/2" in out
+    assert "best fit at this input: anchor sizes 8 16 32 64 128\n" in out
 
 
 def test_table_shows_levels_and_factors(annotations, capsys):
@@ -81,7 +118,7 @@ def test_options_reach_the_detector(annotations, capsys):
     )
     model.rpn.anchor_generator = generator
     expected = estimate_alpha_for(model, annotations).to_dict()
-    assert printed == expected
+    assert printed | {"anchors": None} == expected | {"anchors": None}
     assert printed["num_sizes"] == 2
     assert printed["anchors_per_cell"] == [2, 2, 2, 2, 4]
 
@@ -104,6 +141,8 @@ def test_plot_is_a_picture(annotations, tmp_path, capsys):
         # Before any work: the annotations do not even exist.
         picture = tmp_path / name
         assert str(picture) in fail(capsys, "estimate", "none.json", *RETINANET, "--plot", picture)
+    typo = fail(capsys, "estimate", "none.json", *RETINANET, "--plot", tmp_path / "counts.pgn")
+    assert typo.endswith("; did you mean png?\n")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -119,8 +158,18 @@ def test_malformed_files_are_one_line_and_exit_code_2(name, tmp_path, capsys):
     [
         ((), "COMMAND"),
         (("frobnicate",), "frobnicate"),
-        (("estimate",), "ANNOTATIONS"),
-        (("estimate", "a.json"), "--detector"),
+        (("estimate", "a.json"), "required: --detector; known names are fasterrcnn_mobilenet"),
+        (("estimate",), "ANNOTATIONS, --detector; known names are fasterrcnn_mobilenet"),
+        (("estimate", "a.json", "--detector"), "tiny_retinanet, tiny_faster_rcnn"),
+        (("estimate", "a.json", "--detector", "retinanet"), "mean retinanet_resnet50_fpn?"),
+        (
+            ("estimate", "a.json", "--detector", "fastercnn_resnet50_fpn"),
+            "tiny_faster_rcnn; did you mean fasterrcnn_resnet50_fpn?",
+        ),
+        (("estimat",), "did you mean estimate?"),
+        (("estimate", "a.json", *RETINANET, "--catgories", "1"), "did you mean --categories?"),
+        (("demo", "--imags", "somewhere"), "--imags somewhere; did you mean --images?"),
+        (("demo", "--nothing-alike"), "unrecognized arguments: --nothing-alike\n"),
         (("estimate", "nowhere.json", *RETINANET), "nowhere.json"),
         (("estimate", "a.json", "--detector", "ssd300_vgg16"), "ssd300_vgg16"),
         (("estimate", "a.json", *RETINANET, "--min-size", "0"), "--min-size"),
@@ -159,3 +208,16 @@ def test_as_a_program(annotations, tmp_path):
     assert bad.stderr.startswith("alphafpn: error: ")
     assert bad.stderr.count("\n") == 1
     assert "Traceback" not in bad.stderr
+
+
+def test_the_demo_prints_its_outcome_and_says_what_it_shows(monkeypatch, capsys, tmp_path):
+    outcome = {"results": {}, "findings": ["It loses."], "note": "Not shown: more."}
+    monkeypatch.setattr("alphafpn.demo.run_demo", lambda **given: outcome)
+    main(["demo", "--out", str(tmp_path)])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == outcome
+    assert captured.err.splitlines() == [
+        "It loses.",
+        "Not shown: more.",
+        f"see {tmp_path / 'demo.png'}",
+    ]

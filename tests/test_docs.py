@@ -1,8 +1,11 @@
-"""The documentation: every Python block runs, every `alphafpn` command parses."""
+"""The documentation: blocks and examples run, `alphafpn` commands parse, nothing is left out."""
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import importlib.util
+import inspect
 import re
 import shlex
 import sys
@@ -13,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+import alphafpn
+import alphafpn.tiny
 from alphafpn import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +97,39 @@ def test_commands_parse(page):
         except SystemExit as stop:  # --help and --version end with 0
             code = stop.code
         assert code == 0, arguments
+
+
+def test_the_worked_example_shows_what_it_prints(monkeypatch, capsys):
+    text = (ROOT / "docs" / "worked-example.md").read_text("utf-8")
+    shown = [code.rstrip() for _, code in blocks(text, "text")]
+    python = [code for _, code in blocks(text, "python")]
+    end = next(i for i, code in enumerate(python) if "summary()" in code)
+    exec("\n".join(python[: end + 1]), {})
+    printed = capsys.readouterr().out
+    assert shown
+    assert [block for block in shown if block not in printed] == []
+
+
+PUBLIC = [getattr(module, name) for module in (alphafpn, alphafpn.tiny) for name in module.__all__]
+
+
+@pytest.mark.parametrize("public", PUBLIC, ids=lambda public: public.__name__)
+def test_public_names_have_an_example_that_runs(public):
+    module = importlib.import_module(public.__module__)
+    examples = doctest.DocTestFinder(recurse=False).find(public, public.__name__, module)
+    assert sum(len(example.examples) for example in examples) > 0
+    for example in examples:
+        assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_the_reference_has_every_public_name_and_says_what_properties_return():
+    reference = set(re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text("utf-8"), re.M))
+    for public in PUBLIC:
+        module = "alphafpn.tiny" if public in vars(alphafpn.tiny).values() else "alphafpn"
+        assert f"{module}.{public.__name__}" in reference
+        for name, member in inspect.getmembers(public, lambda m: isinstance(m, property)):
+            assert member.__doc__, f"{public.__name__}.{name}"
+            assert inspect.signature(member.fget).return_annotation is not inspect.Signature.empty
 
 
 # The checker itself

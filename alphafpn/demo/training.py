@@ -1,26 +1,30 @@
-"""A small detector on scenes: how it is built, trained, run and evaluated."""
+"""How the demo's detectors are trained, run and evaluated."""
 
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+import math
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.resnet import BasicBlock
 
-from alphafpn.demo.scenes import Tensors
+from alphafpn.demo.detector import Levels, detector
+from alphafpn.demo.scenes import Scene
 from alphafpn.pyramid import Alpha
-from alphafpn.tiny import evaluate_tiny, tiny_retinanet
+from alphafpn.surgery import fold_alpha, patch_detector
+from alphafpn.tiny import evaluate_tiny
 
 Detections: TypeAlias = list[dict[str, Tensor]]
 
 MEASURE = "AP50_tiny"
+BASELINE, ESTIMATED, NONE, FIRST = "alpha = 1", "S-alpha", "alpha = 0", "first function"
+ROWS = (BASELINE, ESTIMATED, "alpha = 0.5", NONE, FIRST)
+_CLIP = 5.0
 
 
 @dataclass(frozen=True)
@@ -28,109 +32,169 @@ class Settings:
     """How much the demo does; by default, a few minutes' work for two cores.
 
     Attributes:
-        side: Of the scenes, in pixels.
         train: Scenes to train on.
         val: Scenes to evaluate on.
         steps: Of the optimizer in each training.
         batch: Scenes per step.
         learning_rate: The highest, after a tenth of the steps.
-        channels: Of the pyramid and the heads.
-        seeds: For each, one training with each kind of factors.
+        seeds: For each, one training of each row.
+        processes: Trainings side by side, each on one thread.
     """
 
-    side: int = 192
-    train: int = 160
-    val: int = 80
-    steps: int = 300
+    train: int = 320
+    val: int = 160
+    steps: int = 400
     batch: int = 4
-    learning_rate: float = 2e-3
-    channels: int = 32
+    learning_rate: float = 6e-3
     seeds: tuple[int, ...] = (0, 1)
+    processes: int = 2
 
 
-def small_detector(settings: Settings, alpha: Alpha | None = None) -> Any:
-    """A RetinaNet of P2-P6 on a residual network of ten layers."""
-    widths = (16, 32, 64, 96, 128)
-    stem = nn.Conv2d(3, widths[0], 3, 2, 1, bias=False)
-    stages = [nn.Sequential(stem, nn.BatchNorm2d(widths[0]), nn.ReLU())]
-    for before, width in itertools.pairwise(widths):
-        shortcut = nn.Sequential(nn.Conv2d(before, width, 1, 2, bias=False), nn.BatchNorm2d(width))
-        stages.append(BasicBlock(before, width, 2, shortcut))
-    body = nn.Sequential(OrderedDict((f"c{i}", stage) for i, stage in enumerate(stages, 1)))
-    names = {f"c{i}": str(i) for i in range(2, 6)}
-    backbone = BackboneWithFPN(body, names, list(widths[1:]), settings.channels)
-    model = tiny_retinanet(backbone, alpha=alpha)
-    for name, parameter in model.head.named_parameters():
-        # RetinaNet's own start is made for 256 channels; with fewer, signals would die away.
-        if ".conv." in name and parameter.dim() == 4:
-            nn.init.kaiming_normal_(parameter, nonlinearity="relu")
-    return model
+@dataclass(frozen=True)
+class Task:
+    """What detectors are trained on and judged on.
+
+    Attributes:
+        train: Scenes to train on.
+        val: Scenes to evaluate on.
+        truth: COCO data set of `val`.
+        sizes: Of the anchors in pixels, by level.
+        ratios: Height over width of the anchors.
+        s_alpha: Factors estimated from `train`.
+    """
+
+    train: list[Scene]
+    val: list[Scene]
+    truth: dict[str, Any]
+    sizes: Levels
+    ratios: tuple[float, ...]
+    s_alpha: list[float]
 
 
-def train_detector(
-    alpha: Alpha,
-    scenes: list[Tensors],
-    seed: int,
-    settings: Settings,
-    step_done: Callable[[], object],
-) -> tuple[nn.Module, float]:
+class Training(NamedTuple):
+    """One training: of a row, on a task, from a seed."""
+
+    task: str
+    row: str
+    seed: int
+
+
+class Trained(NamedTuple):
+    """What came of it.
+
+    Attributes:
+        figures: Of the evaluation.
+        last_loss: Mean of the last ten; None where training diverged.
+        found: Detections in the scenes to evaluate on.
+        weights: State dict.
+        cpu_seconds: What it took.
+    """
+
+    figures: dict[str, float]
+    last_loss: float | None
+    found: Detections
+    weights: dict[str, Tensor]
+    cpu_seconds: float
+
+
+def train_and_evaluate(tasks: dict[str, Task], settings: Settings, training: Training) -> Trained:
+    """Trains a detector and evaluates it."""
+    began = time.process_time()
+    task = tasks[training.task]
+    model, loss = train_detector(task, training.row, training.seed, settings)
+    found = detect(model, as_images(task.val))
+    return Trained(
+        evaluate(task.truth, found),
+        loss if math.isfinite(loss) else None,
+        found,
+        model.state_dict(),
+        time.process_time() - began,
+    )
+
+
+def start_of(task: Task, row: str) -> Any:
+    """A new detector with the factors and the first function of a row."""
+    model = detector(task.sizes, task.ratios)
+    factors: dict[str, Alpha] = {ESTIMATED: task.s_alpha, "alpha = 0.5": 0.5, NONE: 0.0}
+    if row == FIRST:
+        fold_alpha(patch_detector(model, task.s_alpha))
+    return patch_detector(model, factors.get(row, 1.0))
+
+
+def train_detector(task: Task, row: str, seed: int, settings: Settings) -> tuple[nn.Module, float]:
     """Trains a new detector; returns it in eval mode, with the mean of its last ten losses."""
     torch.manual_seed(seed)
-    model = small_detector(settings, alpha)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-3)
+    model = start_of(task, row)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.steps + 1, pct_start=0.1
+        optimizer,
+        settings.learning_rate,
+        total_steps=settings.steps + 1,
+        pct_start=0.1,
+        cycle_momentum=False,
     )
+    scenes = [*task.train, *(scene.mirrored() for scene in task.train)]
     losses = []
-    for images, targets in itertools.islice(batches(scenes, seed, settings.batch), settings.steps):
-        loss = sum(model(images, targets).values())
+    batches = rows(len(task.train), settings.batch, seed)
+    for batch in itertools.islice(batches, settings.steps):
+        chosen = [scenes[row] for row in batch]
+        targets = [{"boxes": scene.boxes, "labels": scene.labels} for scene in chosen]
+        loss = sum(model(as_images(chosen), targets).values())
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
         optimizer.step()
         schedule.step()
-        losses.append(loss.item())
-        step_done()
     return model.eval(), float(np.mean(losses[-10:]))
 
 
-def batches(
-    scenes: list[Tensors], seed: int, size: int
-) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
-    """Images and targets without end, mirrored at random; the same for the same seed."""
+def rows(count: int, batch: int, seed: int) -> Iterator[list[int]]:
+    """Rows of each step's images, of `count` and as many mirrored ones that follow them.
+
+    Every image is seen once before any is twice, mirrored at random; the same for the same seed.
+    """
     rng = np.random.default_rng(seed)
     order: list[int] = []
     while True:
-        while len(order) < size:
-            order += rng.permutation(len(scenes)).tolist()
-        batch, order = order[:size], order[size:]
-        images, targets = [], []
-        for index in batch:
-            image, boxes = scenes[index]
-            if rng.random() < 0.5:
-                image = image.flip(-1)
-                x1, y1, x2, y2 = boxes.T
-                boxes = torch.stack([image.shape[-1] - x2, y1, image.shape[-1] - x1, y2], 1)
-            images.append(image)
-            targets.append({"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.int64)})
-        yield images, targets
+        while len(order) < batch:
+            order += (rng.permutation(count) + count * rng.integers(0, 2, count)).tolist()
+        yield order[:batch]
+        order = order[batch:]
+
+
+def as_images(scenes: Sequence[Scene]) -> list[Tensor]:
+    """The scenes as a detector takes them: float32 [3, H, W] from 0 to 1."""
+    return [scene.pixels / 255 for scene in scenes]
 
 
 @torch.no_grad()
-def detect(model: nn.Module, scenes: list[Tensors]) -> Detections:
-    """Runs a detector on scenes: boxes and scores for each."""
-    groups = [scenes[i : i + 8] for i in range(0, len(scenes), 8)]
-    return [found for group in groups for found in model([image for image, _ in group])]
+def detect(model: nn.Module, images: Sequence[Tensor], batch: int = 16) -> Detections:
+    """Runs a detector on images: boxes, labels and scores for each."""
+    return [
+        found
+        for first in range(0, len(images), batch)
+        for found in model(list(images[first : first + batch]))
+    ]
+
+
+def as_results(found: Detections) -> list[dict[str, Any]]:
+    """Detections as COCO results; an image's id is its place."""
+    return [
+        {
+            "image_id": index,
+            "category_id": label,
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
+        }
+        for index, entry in enumerate(found)
+        for (x1, y1, x2, y2), score, label in zip(
+            *(entry[name].tolist() for name in ("boxes", "scores", "labels")), strict=True
+        )
+    ]
 
 
 def evaluate(truth: dict[str, Any], found: Detections) -> dict[str, float]:
     """Evaluates detections against a COCO data set of the scenes."""
-    results = [
-        {"image_id": index, "category_id": 1, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
-        for index, entry in enumerate(found)
-        for (x1, y1, x2, y2), score in zip(
-            entry["boxes"].tolist(), entry["scores"].tolist(), strict=True
-        )
-    ]
-    figures = evaluate_tiny(truth, results)
+    figures = evaluate_tiny(truth, as_results(found))
     return {name: figures[name] for name in (MEASURE, "AP25_tiny", "AP50_all", "MR50_tiny")}

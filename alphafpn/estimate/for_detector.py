@@ -40,7 +40,8 @@ def estimate_alpha_for(
 
     Args:
         model: a torchvision detector with a feature pyramid.
-        dataset: a path to a COCO-format JSON file; an iterable of ``((height, width), boxes)`` with
+        dataset: a path to a COCO-format JSON file, or a sequence of paths, which count as one file
+            (ids are each file's own); an iterable of ``((height, width), boxes)`` with
             boxes [n, 4] xyxy in original pixels; or a torchvision-style data set whose targets hold
             ``boxes``.
         category_ids: count only boxes of these categories.
@@ -51,14 +52,31 @@ def estimate_alpha_for(
         TypeError: if `model` or `dataset` is of another kind.
         ValueError: if an annotation is broken, no boxes are left, or two levels of the detector
             cannot be told apart (torchvision's MobileNet detectors).
+
+    Examples:
+        >>> from torchvision.models import get_model
+        >>> model = get_model("fasterrcnn_resnet50_fpn", weights=None, weights_backbone=None)
+        >>> boxes = torch.tensor([[10.0, 10.0, 40.0, 50.0], [200, 90, 300, 150]])
+        >>> estimate_alpha_for(model, [((480, 640), boxes)]).counts
+        (0, 1, 1, 0, 0)
     """
     clamp = check_clamp(clamp)
     view = DetectorView(model)
     annotations = read_annotations(dataset, category_ids=category_ids, progress=progress)
+    return estimate_view(view, annotations, clamp)
+
+
+def estimate_view(
+    view: DetectorView,
+    annotations: Annotations,
+    clamp: tuple[float, float] | None,
+    enlarge: int = 1,
+) -> AlphaEstimate:
+    """Counts annotations that have been read, of images that come `enlarge` times as large."""
     counts: LevelCounts | None = None
     every: list[AnchorLayout] = []
     for min_size in view.min_sizes:
-        layouts, layout, scale = _layouts(view, annotations, min_size)
+        layouts, layout, scale = _layouts(view, annotations, min_size, enlarge)
         every += layouts
         boxes = _resized(annotations, scale)
         matcher: Matcher
@@ -93,7 +111,7 @@ def estimate_alpha_for(
 
 
 def _layouts(
-    view: DetectorView, annotations: Annotations, min_size: int | None
+    view: DetectorView, annotations: Annotations, min_size: int | None, enlarge: int
 ) -> tuple[list[AnchorLayout], Tensor, np.ndarray[Any, np.dtype[np.float32]]]:
     """The different layouts, which of them each image has, and each image's scale (y, x)."""
     # Sizes repeat: work is per different size, and per different padded shape.
@@ -106,9 +124,9 @@ def _layouts(
     for i, both in enumerate(unique.tolist()):
         size = (both >> 32, both & 0xFFFFFFFF)
         try:
-            resized, padded = view.frame(size, min_size)
+            resized, padded = view.frame((size[0] * enlarge, size[1] * enlarge), min_size)
         except ValueError as error:
-            raise ValueError(f"image {first[i]}: {error}") from None
+            raise ValueError(f"{annotations.place(first[i])}: {error}") from None
         if padded not in index:
             index[padded] = len(layouts)
             layouts.append(AnchorLayout(*view.anchor_grids(padded)))

@@ -27,6 +27,14 @@ def read_tile(tile: Mapping[str, Any], images: Source) -> Image.Image:
 
     Raises:
         ValueError: If the file is no image, or too small.
+
+    Examples:
+        >>> import tempfile
+        >>> tile = {"id": 1, "width": 4, "height": 3, "corner": [5, 0, 9, 3], "file_name": "a.png"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (9, 6)).save(Path(folder, "a.png"))
+        ...     read_tile(tile, folder).size
+        (4, 3)
     """
     path = Path(images) / tile["file_name"]
     image = _open(path)

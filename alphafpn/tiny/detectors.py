@@ -163,6 +163,11 @@ def tiny_faster_rcnn(
     Raises:
         TypeError: As in `tiny_retinanet`.
         ValueError: As in `tiny_retinanet`.
+
+    Examples:
+        >>> model = tiny_faster_rcnn("resnet18", weights_backbone=None, alpha=0.4)
+        >>> model.roi_heads.box_roi_pool.featmap_names
+        ['0', '1', '2', '3']
     """
     _check_options(FasterRCNN, kwargs)
     anchors = _anchor_generator(anchor_sizes, aspect_ratios)

@@ -171,6 +171,10 @@ def format_tiny(results: Mapping[str, float]) -> str:
 
     Returns:
         Lines of text, with `-` where there is no figure.
+
+    Examples:
+        >>> print(format_tiny({"AP50_tiny": 0.5, "MR50_tiny": 0.25}).splitlines()[2])
+        tiny            -  50.00      -      -      -      -      -  25.00      -
     """
     columns = [f"{metric}{_percent(iou)}" for metric in ("AP", "AR", "MR") for iou in _IOUS]
     lines = [" " * 10 + "".join(f"{column:>7}" for column in columns)]

@@ -192,6 +192,14 @@ class MonotoneScaleMatch(ScaleMatch):
     Raises:
         TypeError: As in `ScaleMatch`.
         ValueError: As in `ScaleMatch`.
+
+    Examples:
+        >>> from torchvision.tv_tensors import BoundingBoxes
+        >>> shrink = MonotoneScaleMatch([240.0] * 50, [30.0] * 50)
+        >>> boxes = BoundingBoxes([[0, 0, 240, 240]], format="XYXY", canvas_size=(240, 400))
+        >>> image, target = shrink(torch.zeros(3, 240, 400), {"boxes": boxes})
+        >>> tuple(image.shape), target["boxes"].tolist()
+        ((3, 30, 50), [[0, 0, 30, 30]])
     """
 
     def __init__(

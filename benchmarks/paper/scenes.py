@@ -8,9 +8,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
-from alphafpn.demo.scenes import drawn_scenes, write_scenes
+from PIL import Image
+
+from benchmarks.clutter import coco, drawn_scenes
 
 _SEEDS = {"train": 11, "val": 12, "source": 13}
 
@@ -18,7 +21,12 @@ _SEEDS = {"train": 11, "val": 12, "source": 13}
 def write(out: Path, side: int, counts: dict[str, int]) -> None:
     """Write `counts[name]` scenes of `side` pixels for each name."""
     for name, count in counts.items():
-        write_scenes(out, name, list(drawn_scenes(count, side, _SEEDS[name])))
+        scenes = list(drawn_scenes(count, side, _SEEDS[name]))
+        truth = coco(name, scenes)
+        (out / name).mkdir(parents=True, exist_ok=True)
+        for entry, (pixels, _) in zip(truth["images"], scenes, strict=True):
+            Image.fromarray(pixels).save(out / entry["file_name"])
+        (out / f"{name}.json").write_text(json.dumps(truth), "utf-8")
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.scenes.draw import Family, Scene, draw
+from alphafpn.demo.detector import DEVIATION, DRAWN_RATIOS, DRAWN_SIZES, MEAN, Levels
+from alphafpn.demo.scenes import Family, Scene, as_coco, draw
 
 DATA = "ALPHAFPN_DATA"
-MEAN, DEVIATION = 0.45, 0.25  # of pixels from 0 to 1, in all channels
 TRAIN, VAL = 320, 160  # scenes of a drawn data set
 _VAL_SEED = 1_000_000
 _MULTIPLE = 32
@@ -24,9 +24,6 @@ CROPS, VAL_CROPS = 640, 200  # of people
 _PEOPLE_WIDTH, _PEOPLE_HEIGHT = 1706, 960
 _LEFT = 0.49  # of a box's area, for it to be kept; else it is painted over, as ignored ones are
 
-Levels = tuple[tuple[float, ...], ...]
-# Sizes of anchors by level; drawn figures are less varied than cells, so that fewer shapes do.
-DRAWN_SIZES: Levels = tuple((size, size * 2**0.5) for size in (6.0, 12.0, 24.0, 48.0, 96.0))
 CELL_SIZES: Levels = tuple(
     tuple(size * 2 ** (octave / 3) for octave in range(3)) for size in (8, 16, 32, 64, 128)
 )
@@ -67,13 +64,8 @@ class DataSet:
     @functools.cached_property
     def boxes(self) -> list[Tensor]:
         """Objects of `images`, xyxy [G_i, 4] each."""
-        boxes = [scene.boxes for scene in self.train]
-        width = self.train[0].pixels.shape[-1]
-        mirrored = [
-            torch.stack([width - x2, y1, width - x1, y2], 1)
-            for x1, y1, x2, y2 in (part.unbind(1) for part in boxes)
-        ]
-        return boxes + mirrored
+        mirrored = (scene.mirrored() for scene in self.train)
+        return [scene.boxes for scene in (*self.train, *mirrored)]
 
     @functools.cached_property
     def labels(self) -> list[Tensor]:
@@ -82,7 +74,7 @@ class DataSet:
 
     def items(self) -> list[tuple[tuple[int, int], Tensor]]:
         """What S-alpha is counted from: sizes and boxes of the images to train on."""
-        return [(tuple(scene.pixels.shape[-2:]), scene.boxes) for scene in self.train]  # type: ignore[misc]
+        return [(scene.size, scene.boxes) for scene in self.train]
 
 
 def load(name: str, seed: int) -> DataSet:
@@ -92,7 +84,8 @@ def load(name: str, seed: int) -> DataSet:
         name: `near .2/.2/.2` or `far .2/.8/.8`, see `Family`; or `cells /5` for all three classes
             at a fifth of their size, `cells /5 one class` for all as one; or `people 160` for
             crops of that side from TinyPerson's images.
-        seed: Of the drawn scenes, or of the crops, to train on. Those to be judged on are the same for all seeds.
+        seed: Of the drawn scenes, or of the crops, to train on. Those to be judged on are the
+            same for all seeds.
 
     Raises:
         ValueError: If there is none of that name, or real images are asked for without the
@@ -118,7 +111,7 @@ def _drawn(family: Family, seed: int) -> DataSet:
     val = draw(family, VAL, _VAL_SEED)
     truth = _coco(val, 1)
     train = draw(family, TRAIN, seed)
-    return DataSet(family.name, train, val, truth, 1, DRAWN_SIZES, (1.6,))
+    return DataSet(family.name, train, val, truth, 1, DRAWN_SIZES, DRAWN_RATIOS)
 
 
 def _cells(name: str, divisor: int, *, one_class: bool) -> DataSet:
@@ -217,22 +210,5 @@ def _read_cells(folder: Path, part: str, divisor: int, one_class: bool) -> list[
 
 
 def _coco(scenes: Sequence[Scene], classes: int) -> dict[str, Any]:
-    images, marks = [], []
-    for index, scene in enumerate(scenes):
-        height, width = scene.pixels.shape[-2:]
-        images.append({"id": index, "width": width, "height": height})
-        for (x1, y1, x2, y2), label in zip(
-            scene.boxes.tolist(), scene.labels.tolist(), strict=True
-        ):
-            marks.append(
-                {
-                    "id": len(marks) + 1,
-                    "image_id": index,
-                    "category_id": label,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                    "iscrowd": 0,
-                }
-            )
-    categories = [{"id": label, "name": str(label)} for label in range(1, classes + 1)]
-    return {"images": images, "annotations": marks, "categories": categories}
+    names = [str(label) for label in range(1, classes + 1)]
+    return as_coco("val", (scene.marked() for scene in scenes), names)

@@ -7,7 +7,6 @@ import functools
 import math
 import platform
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,14 @@ import torch
 import torchvision
 
 from alphafpn import alpha_parameters, estimate_alpha_for, gradient_shares
+from alphafpn.demo.detector import DEVIATION, MEAN, detector
+from alphafpn.demo.training import as_images, as_results, detect, rows
 from alphafpn.tiny import evaluate_tiny
 from benchmarks.batched import BatchedLoss, outputs
 from benchmarks.paper.config import hash_of
 from benchmarks.paper.results import finite
 from benchmarks.scenes import starts
-from benchmarks.scenes.data import DEVIATION, MEAN, DataSet, load
-from benchmarks.scenes.detector import detector
+from benchmarks.scenes.data import DataSet, load
 
 FIGURES = ("AP50_tiny", "AP50_all", "AP25_tiny")
 _CLIP = 5.0
@@ -68,15 +68,9 @@ class Config:
 def _data(name: str, seed: int) -> tuple[DataSet, Any, torch.Tensor, Any]:
     """A data set with its anchors' matches and S-alpha, which all runs of a seed share."""
     data = load(name, seed)
-    model = _detector(data)
+    model = detector(data.sizes, data.ratios, data.classes)
     loss = BatchedLoss(model, tuple(data.images.shape[-2:]))  # type: ignore[arg-type]
     return data, loss, loss.match(data.boxes), estimate_alpha_for(model, data.items())
-
-
-def _detector(data: DataSet) -> Any:
-    model = detector(data.sizes, data.ratios, data.classes)
-    model.transform.image_mean, model.transform.image_std = [MEAN] * 3, [DEVIATION] * 3
-    return model.to(memory_format=torch.channels_last)
 
 
 def run(config: Config, folder: Path) -> dict[str, Any]:
@@ -92,7 +86,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     data, batched, matched, estimate = _data(config.data, config.seed)
     torch.manual_seed(config.seed)
-    model = _detector(data)
+    model = detector(data.sizes, data.ratios, data.classes)
     if config.weights == "pretrained":
         starts.take_pretrained(model, starts.pretrained(folder))
         model.to(memory_format=torch.channels_last)
@@ -112,10 +106,11 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
         cycle_momentum=False,
     )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for step, rows in zip(range(config.steps), _rows(len(data.train), config), strict=False):
-        logits, deltas = outputs(model, data.images[rows])
-        boxes, labels = ([part[row] for row in rows] for part in (data.boxes, data.labels))
-        loss = sum(batched(logits, deltas, matched[rows], boxes, labels).values())
+    batches = rows(len(data.train), config.batch, config.seed)
+    for step, batch in zip(range(config.steps), batches, strict=False):
+        logits, deltas = outputs(model, data.images[batch])
+        boxes, labels = ([part[row] for row in batch] for part in (data.boxes, data.labels))
+        loss = sum(batched(logits, deltas, matched[batch], boxes, labels).values())
         losses.append(float(loss.detach()))  # type: ignore[union-attr]
         if not math.isfinite(losses[-1]):
             diverged_at = step
@@ -129,7 +124,8 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     figures = None
     if diverged_at is None:
         shares.append(_shares(model, data))
-        found = evaluate_tiny(data.truth, _detections(model.eval(), data))
+        detections = detect(model.eval(), as_images(data.val))
+        found = evaluate_tiny(data.truth, as_results(detections))
         figures = {name: round(found[name], 5) for name in FIGURES}
     parts = np.array_split(losses, min(_POINTS, len(losses)))
     record = {
@@ -162,17 +158,6 @@ def _optimizer(model: Any, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, weight_decay=1e-3, fused=True)
 
 
-def _rows(count: int, config: Config) -> Iterator[list[int]]:
-    """Rows of the images of each step: every image once before any twice, mirrored at random."""
-    rng = np.random.default_rng(config.seed)
-    order: list[int] = []
-    while True:
-        while len(order) < config.batch:
-            order += (rng.permutation(count) + count * rng.integers(0, 2, count)).tolist()
-        yield order[: config.batch]
-        order = order[config.batch :]
-
-
 def _shares(model: Any, data: DataSet) -> dict[str, Any]:
     """Forward shares at each edge, and the gradient's shares [C_i, P_j]."""
     some = slice(0, _LOOKED_AT)
@@ -189,23 +174,3 @@ def _shares(model: Any, data: DataSet) -> dict[str, Any]:
         "forward": [round(share, 4) for share in starts.forward_shares(model, data.images[some])],
         "gradient": gradient and [[round(share, 4) for share in row] for row in gradient],
     }
-
-
-@torch.no_grad()
-def _detections(model: Any, data: DataSet) -> list[dict[str, Any]]:
-    detections = []
-    for first in range(0, len(data.val), 16):
-        images = [scene.pixels / 255 for scene in data.val[first : first + 16]]
-        for index, found in enumerate(model(images), first):
-            rows = zip(
-                found["boxes"].tolist(),
-                found["scores"].tolist(),
-                found["labels"].tolist(),
-                strict=True,
-            )
-            for (x1, y1, x2, y2), score, label in rows:
-                box = [x1, y1, x2 - x1, y2 - y1]
-                detections.append(
-                    {"image_id": index, "category_id": label, "bbox": box, "score": score}
-                )
-    return detections

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from alphafpn import AlphaEstimate, LearnableAlpha, fold_alpha, patch_detector
-from benchmarks.scenes.data import DEVIATION, MEAN
-from benchmarks.scenes.detector import body
-from benchmarks.scenes.draw import Family, draw
+from alphafpn.demo.detector import DEVIATION, MEAN, body
+from alphafpn.demo.scenes import Family, draw
 
 _SCENES, _STEPS, _BATCH, _SEED = 1600, 500, 16, 7_000_000
 _SIZES = (9.6, 19.2, 38.4)  # figures below these sizes are counted

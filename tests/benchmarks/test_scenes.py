@@ -16,12 +16,12 @@ from scipy import stats
 pytest.importorskip("faster_coco_eval")
 
 from alphafpn import estimate_alpha_for, patch_detector
+from alphafpn.demo.detector import detector
+from alphafpn.demo.scenes import FAR, SIDE, Family, draw
 from benchmarks.batched import outputs
 from benchmarks.paper import results
 from benchmarks.scenes import __main__ as command
 from benchmarks.scenes import analysis, data, experiment, report, starts
-from benchmarks.scenes.detector import detector
-from benchmarks.scenes.draw import FAR, SIDE, Family, draw
 from benchmarks.scenes.experiment import Config
 from benchmarks.scenes.plan import CONTROLS, PARTS, PILOTS
 

@@ -64,13 +64,16 @@ class DetectorView:
     @property
     def min_sizes(self) -> tuple[int | None, ...]:
         """The sizes that training chooses from; ``(None,)`` where there is no such choice."""
-        if (
-            not _is_stock(self.transform, GeneralizedRCNNTransform, "forward", "resize")
-            or self.transform.fixed_size is not None
-            or self._skips_resize
-        ):
+        stock = _is_stock(self.transform, GeneralizedRCNNTransform, "forward")
+        if not stock or not self.resizes or self.transform.fixed_size is not None:
             return (None,)
         return tuple(self.transform.min_size)
+
+    @property
+    def resizes(self) -> bool:
+        """Whether images are resized, and in torchvision's way."""
+        stock = _is_stock(self.transform, GeneralizedRCNNTransform, "resize")
+        return stock and not self._skips_resize
 
     def frame(self, size: Size, min_size: int | None = None) -> tuple[Size, Size]:
         """Of an image of (height, width) after the resize, and of the batch that holds it alone.

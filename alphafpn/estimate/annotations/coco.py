@@ -24,7 +24,6 @@ from alphafpn.estimate.annotations.columns import (
     OTHER,
     SIZE,
     Annotations,
-    check_categories,
     clip,
 )
 
@@ -114,16 +113,18 @@ def coco_selection(dataset: object) -> tuple[Any, list[int]] | None:
     return None
 
 
+def categories(coco: _Coco) -> set[int]:
+    """Return the category ids that the file lists or uses."""
+    return {c.id for c in coco.categories} | {a.category_id for a in coco.annotations}
+
+
 def read_coco(
     coco: _Coco, image_ids: list[int] | None, name: str, wanted: set[int] | None
 ) -> Annotations:
     """Turn decoded annotations into columns, for all images or for those of `image_ids`."""
     images, annotations = coco.images, coco.annotations
-    if not images:
+    if annotations and not images:
         raise ValueError(f"{name}: expected images, found an empty list")
-    if wanted is not None:
-        known = {c.id for c in coco.categories} | {a.category_id for a in annotations}
-        check_categories(wanted, known, name)
     ids = _column(images, "id", np.int64)
     sizes = np.stack([_column(images, side, np.int64) for side in ("height", "width")], axis=1)
     _check_images(ids, sizes, name)

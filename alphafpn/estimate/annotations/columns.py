@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import reprlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,7 @@ class Annotations:
         num_clipped: How many of the boxes reached beyond their image by more than a pixel.
         left_out: How many boxes were left out, by reason. A box with several reasons counts under
             the first of "other categories", "crowd", "ignore", "zero size", "outside the image".
+        files: Name and number of images of each file that was read; empty where there is none.
     """
 
     sizes: npt.NDArray[np.int64]
@@ -39,6 +40,28 @@ class Annotations:
     counts: npt.NDArray[np.int64]
     num_clipped: int
     left_out: dict[str, int]
+    files: tuple[tuple[str, int], ...] = ()
+
+    def place(self, image: int) -> str:
+        """Returns the words by which a message names an image."""
+        first = 0
+        for name, count in self.files:
+            if image < first + count:
+                return f"{name}: images[{image - first}]"
+            first += count
+        return f"image {image}"
+
+
+def concatenate(parts: Sequence[Annotations]) -> Annotations:
+    """Put the images of all parts in a row, as if they had been read together."""
+    left_out = {r: sum(part.left_out.get(r, 0) for part in parts) for r in _REASONS}
+    return Annotations(
+        sizes=np.concatenate([part.sizes for part in parts]),
+        boxes=np.concatenate([part.boxes for part in parts]),
+        counts=np.concatenate([part.counts for part in parts]),
+        num_clipped=sum(part.num_clipped for part in parts),
+        left_out={reason: n for reason, n in left_out.items() if n},
+    )
 
 
 def clip(

@@ -8,10 +8,24 @@ so that the boxes are those a detector would be trained on, to the last bit.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any, TypeGuard
 
-from alphafpn.estimate.annotations.coco import coco_selection, convert, decode, read_coco
-from alphafpn.estimate.annotations.columns import Annotations, category_set
+from alphafpn.estimate.annotations.coco import (
+    categories,
+    coco_selection,
+    convert,
+    decode,
+    read_coco,
+)
+from alphafpn.estimate.annotations.columns import (
+    Annotations,
+    category_set,
+    check_categories,
+    concatenate,
+    describe,
+)
 from alphafpn.estimate.annotations.items import read_items
 
 
@@ -27,6 +41,8 @@ def read_annotations(
               than `images` (`id`, `width`, `height`), `annotations` (`image_id`, `category_id`,
               `bbox`, `iscrowd`, `ignore`) and `categories` (`id`) are skipped unchecked; ids of
               annotations appear in messages only and may repeat;
+            - a sequence of such paths: the shards of one data set, in which the ids of images count
+              for their own file alone;
             - a `torchvision.datasets.CocoDetection`, also wrapped for `transforms.v2` or behind
               `Subset`s: read through its annotations as a file would be, for its `ids` only, as
               they are before any transform;
@@ -49,12 +65,18 @@ def read_annotations(
         OSError: If the file cannot be read.
     """
     wanted = None if category_ids is None else category_set(category_ids)
-    if isinstance(dataset, (str, os.PathLike)):
-        name = os.fsdecode(dataset)
-        annotations = read_coco(decode(dataset, name), None, name, wanted)
+    known: set[int] = set()
+    if paths := _paths(dataset):
+        name = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+        # One after the other: another process takes longer to start than a file to read.
+        parts = [_columns(decode(path, path), None, path, wanted, known) for path in paths]
+        files = tuple((path, len(part.sizes)) for path, part in zip(paths, parts, strict=True))
+        annotations = replace(concatenate(parts), files=files)
+        check_categories(wanted or set(), known, name)
     elif (selected := coco_selection(dataset)) is not None:
         name = type(dataset).__name__
-        annotations = read_coco(convert(selected[0], name), selected[1], name, wanted)
+        annotations = _columns(convert(selected[0], name), selected[1], name, wanted, known)
+        check_categories(wanted or set(), known, name)
     else:
         name = "dataset"
         annotations = read_items(dataset, wanted, progress)
@@ -65,3 +87,30 @@ def read_annotations(
             f" (left out: {left_out or 'none'})"
         )
     return annotations
+
+
+def _paths(dataset: object) -> list[str]:
+    """The paths that `dataset` is or holds; none where it is something else."""
+    if isinstance(dataset, (str, os.PathLike)):
+        return [os.fsdecode(dataset)]
+    if not (isinstance(dataset, Sequence) and dataset and _is_path(dataset[0])):
+        return []
+    for index, path in enumerate(dataset):
+        if not _is_path(path):
+            raise TypeError(
+                f"dataset[{index}]: expected a path like dataset[0], found {describe(path)}"
+            )
+    return [os.fsdecode(path) for path in dataset]
+
+
+def _is_path(value: object) -> TypeGuard[str | os.PathLike[str]]:
+    return isinstance(value, (str, os.PathLike))
+
+
+def _columns(
+    coco: Any, image_ids: list[int] | None, name: str, wanted: set[int] | None, known: set[int]
+) -> Annotations:
+    """Turn decoded annotations into columns, and add the categories that they have to `known`."""
+    if wanted is not None:
+        known |= categories(coco)
+    return read_coco(coco, image_ids, name, wanted)

@@ -45,6 +45,17 @@ class AlphaEstimate(LevelStatistics, Sequence[float]):
         num_clipped: boxes that reached beyond their image by more than a pixel, and were clipped.
         detections_per_image: the detector's cap, where known.
         num_crowded: images with more boxes than that cap.
+
+    Examples:
+        >>> from alphafpn import AnchorLayout, estimate_alpha
+        >>> cell = torch.tensor([[-8.0, -8.0, 8.0, 8.0]])
+        >>> layout = AnchorLayout([cell, 2 * cell], [8, 16], [(8, 8), (4, 4)], 2)
+        >>> boxes = torch.tensor([[8.0, 8.0, 20.0, 22.0], [2, 2, 18, 16], [9, 9, 41, 40]])
+        >>> estimate = estimate_alpha(layout, boxes)
+        >>> estimate
+        AlphaEstimate(alpha=(0.5), counts=(2, 1), num_images=1, num_boxes=3)
+        >>> list(estimate), estimate.level_names, round(estimate.mean_size, 1)
+        ([0.5], ('P3', 'P4'), 19.8)
     """
 
     def __repr__(self) -> str:

@@ -13,6 +13,9 @@ LARGEST_TINY = 20.0
 # Detectors match anchors to objects from about this IoU; fewer boxes reaching it is a bad fit.
 USUAL_MATCH = 0.4
 GOOD_RECALL = 0.5
+# Factors up to this lost 14 to 29 points of AP50 in our experiments where what makes an object lies
+# far away from it, and gained at most 3 where it does not (docs/experiments.md).
+LARGEST_HARMFUL = 0.35
 CLAMPED = "clamped"
 # Objects are often labelled beyond the border; more than this share of them hardly ever.
 USUAL_BEYOND = 0.1
@@ -20,14 +23,29 @@ USUAL_BEYOND = 0.1
 
 def summary(estimate: LevelStatistics) -> str:
     """Levels, objects, factors with their intervals, and warnings."""
-    lines = _table(
+    lines = table(
         ("level", "stride", "anchors/cell", "objects", "share", "mean best IoU"),
         _level_rows(estimate),
     )
     lines.append("")
-    lines += _table(("edge", "alpha", "ratio", "95% interval", ""), _factor_rows(estimate))
+    lines += table(("edge", "alpha", "ratio", "95% interval", ""), _factor_rows(estimate))
     lines += ["", *_facts(estimate)]
-    return "\n".join(lines + [f"warning: {text}" for text in warnings(estimate)])
+    lines += [f"warning: {text}" for text in warnings(estimate)]
+    return "\n".join(lines + [f"advice: {text}" for text in advice(estimate)])
+
+
+def advice(estimate: LevelStatistics) -> list[str]:
+    """What to train with beside these factors: counts do not tell which ones are best."""
+    if estimate.num_boxes == 0:
+        return []
+    found = ["train with factors of 1 and of 0.5 as well: the counts do not tell which is best"]
+    low = [_edge(estimate, i) for i, r in enumerate(factors(estimate)) if r <= LARGEST_HARMFUL]
+    if low:
+        found.append(
+            f"factors up to {LARGEST_HARMFUL} ({', '.join(low)}) can cost much where an object's "
+            "surroundings decide what it is"
+        )
+    return found
 
 
 def warnings(estimate: LevelStatistics) -> list[str]:
@@ -44,8 +62,7 @@ def warnings(estimate: LevelStatistics) -> list[str]:
         )
     if estimate.mean_size < 1:
         found.append("the mean object is smaller than a pixel: boxes are expected in pixels")
-    fused = zip(estimate.level_names, estimate.counts[: estimate.num_fused_levels], strict=False)
-    if empty := [name for name, count in fused if count == 0]:
+    if empty := _empty_levels(estimate):
         found.append(
             f"no objects on {', '.join(empty)}: the factors beside are the clamp's or 1, not the "
             "data's. Anchors that fit the boxes come first"
@@ -63,14 +80,12 @@ def warnings(estimate: LevelStatistics) -> list[str]:
             f"factors above {LARGEST_STABLE} ({', '.join(high)}): the paper could not make such "
             "training converge"
         )
-    if estimate.iou_histogram is not None:
-        recall = estimate.recall(USUAL_MATCH)
-        if recall < GOOD_RECALL:
-            found.append(
-                f"the anchors fit badly: {1 - recall:.0%} of the boxes have no anchor with IoU >= "
-                f"{USUAL_MATCH} ({1 - estimate.recall(0.3):.0%} none with IoU >= 0.3). Smaller "
-                "anchors or larger images come before any factor"
-            )
+    if _fits_badly(estimate):
+        found.append(
+            f"the anchors fit badly: {1 - estimate.recall(USUAL_MATCH):.0%} of the boxes have no "
+            f"anchor with IoU >= {USUAL_MATCH} ({1 - estimate.recall(0.3):.0%} none with IoU >= "
+            "0.3). Smaller anchors or larger images come before any factor: see compare_anchors"
+        )
     if estimate.mean_size > LARGEST_TINY:
         found.append(
             f"the mean object is {estimate.mean_size:.0f} px at the network's input: the paper "
@@ -82,6 +97,20 @@ def warnings(estimate: LevelStatistics) -> list[str]:
             "objects that the detector may return"
         )
     return found
+
+
+def anchors_come_first(estimate: LevelStatistics) -> bool:
+    """Whether a warning is about the anchors: they fit badly, or leave a level without objects."""
+    return bool(_empty_levels(estimate)) or _fits_badly(estimate)
+
+
+def _empty_levels(estimate: LevelStatistics) -> list[str]:
+    fused = zip(estimate.level_names, estimate.counts[: estimate.num_fused_levels], strict=False)
+    return [name for name, count in fused if count == 0]
+
+
+def _fits_badly(estimate: LevelStatistics) -> bool:
+    return estimate.iou_histogram is not None and estimate.recall(USUAL_MATCH) < GOOD_RECALL
 
 
 def _level_rows(estimate: LevelStatistics) -> list[tuple[str, ...]]:
@@ -153,7 +182,7 @@ def _pair(values: tuple[float, float]) -> str:
     return f"[{values[0]:g}, {values[1]:g}]"
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     """Columns as wide as their content; the first one to the left, the others to the right."""
     widths = [max(len(row[c]) for row in [header, *rows]) for c in range(len(header))]
     return [

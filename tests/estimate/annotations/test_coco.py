@@ -241,6 +241,79 @@ class TestCocoFile:
             read_annotations(write(tmp_path, coco()), category_ids=category_ids)
 
 
+@st.composite
+def shards(draw: st.DrawFn) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Files whose ids may repeat, some of them empty, and the file that holds all of them."""
+    parts = draw(st.lists(coco_files(), min_size=1, max_size=3))
+    parts.insert(draw(st.integers(0, len(parts))), coco(images=[], annotations=[]))
+    merged = coco(images=[], annotations=[], categories=parts[0]["categories"])
+    for part in parts:
+        new = {image["id"]: len(merged["images"]) + n for n, image in enumerate(part["images"])}
+        merged["images"] += [{**image, "id": new[image["id"]]} for image in part["images"]]
+        merged["annotations"] += [
+            {**entry, "image_id": new[entry["image_id"]]} for entry in part["annotations"]
+        ]
+    return parts, merged
+
+
+class TestShards:
+    @settings(max_examples=100, deadline=None)
+    @given(files=shards(), category_ids=st.one_of(st.none(), st.sets(st.integers(1, 4))))
+    def test_equal_one_merged_file(
+        self,
+        files: tuple[list[dict[str, Any]], dict[str, Any]],
+        category_ids: set[int] | None,
+        tmp_path_factory: pytest.TempPathFactory,
+    ) -> None:
+        parts, content = files
+        directory = tmp_path_factory.getbasetemp()
+        paths = [directory / f"{n}.json" for n in range(len(parts))]
+        for path, part in zip(paths, parts, strict=True):
+            path.write_text(json.dumps(part))
+        merged = write(directory, content)
+        if sum(len(boxes) for _, boxes in reference(content, category_ids)) == 0:
+            with pytest.raises(ValueError, match=rf"{re.escape(str(paths[0]))} and \d+ more: "):
+                read_annotations(paths, category_ids=category_ids)
+            return
+        found = read_annotations(paths, category_ids=category_ids)
+        expected = read_annotations(merged, category_ids=category_ids)
+        assert_same(found, expected)
+        places = [
+            f"{path}: images[{n}]"
+            for path, part in zip(paths, parts, strict=True)
+            for n in range(len(part["images"]))
+        ]
+        assert [found.place(image) for image in range(len(places))] == places
+
+    def test_a_category_of_one_file_alone_is_known(self, tmp_path: Path) -> None:
+        paths = [tmp_path / "a.json", tmp_path / "b.json"]
+        for path, category in zip(paths, (8, 9), strict=True):
+            content = coco(annotations=[annotation(category_id=category)], categories=None)
+            path.write_text(json.dumps(content))
+        assert len(read_annotations(paths, category_ids=[9]).boxes) == 1
+        with pytest.raises(ValueError, match=r"a\.json and 1 more: .* among 8, 9, found 1"):
+            read_annotations(paths, category_ids=[1, 9])
+
+    @pytest.mark.parametrize("name", [n for n in MALFORMED if n not in ("no boxes", "only crowds")])
+    def test_messages_name_the_file(self, tmp_path: Path, name: str) -> None:
+        good, bad = write(tmp_path, coco()), tmp_path / "bad.json"
+        bad.write_bytes(MALFORMED[name].content)
+        with pytest.raises(ValueError, match=MALFORMED[name].message) as caught:
+            read_annotations([good, bad])
+        assert str(caught.value).startswith(f"{bad}: ")
+
+    def test_a_list_of_paths_holds_nothing_else(self, tmp_path: Path) -> None:
+        path = write(tmp_path, coco())
+        assert_same(read_annotations((str(path), path)), read_annotations([path, str(path)]))
+        item = ((20, 10), torch.zeros(0, 4))
+        with pytest.raises(TypeError, match=r"dataset\[1\]: expected a path like dataset\[0\]"):
+            read_annotations([path, item])
+        with pytest.raises(TypeError, match=r"dataset\[1\]: expected \(\(height, width\), boxes"):
+            read_annotations([item, path])
+        with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
+            read_annotations([path, tmp_path / "nowhere.json"])
+
+
 class Detection(torch.utils.data.Dataset[Any]):
     """A map-style dataset as torchvision's tutorials write them: never raises an IndexError."""
 

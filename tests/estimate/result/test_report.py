@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from alphafpn import AlphaEstimate
-from alphafpn.estimate.result.report import warnings
+from alphafpn.estimate.result.report import advice, summary, warnings
 
 GOOD_FIT = (0,) * 70 + (10_000,) + (0,) * 30
 
@@ -54,7 +54,7 @@ def test_the_table_shows_levels_and_factors():
     assert lines[7].split() == ["edge", "alpha", "ratio", "95%", "interval"]
     assert lines[8].startswith("P3 -> P2  0.480  0.480  ")
     assert lines[10].startswith("P5 -> P4  0.500  0.500  ")
-    assert lines[-1] == "1,840 boxes on 50 images, mean size 10.0 px at the network's input"
+    assert lines[-2] == "1,840 boxes on 50 images, mean size 10.0 px at the network's input"
     assert warnings(estimate) == []
     assert not any(line != line.rstrip() for line in lines)
 
@@ -180,3 +180,14 @@ def test_a_picture_without_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "alphafpn\[plot\]"'):
         estimate_of((1, 2, 3)).plot()
+
+
+def test_advice_names_the_edges_whose_factor_may_do_harm():
+    assert advice(estimate_of((100, 40, 20))) == [
+        "train with factors of 1 and of 0.5 as well: the counts do not tell which is best"
+    ]
+    (_, low) = advice(estimate_of((100, 20, 15)))
+    assert "P3 -> P2)" in low
+    assert "P3 -> P2" not in "".join(advice(estimate_of((100, 20, 16))))
+    assert advice(estimate_of((0, 0, 0))) == []
+    assert summary(estimate_of((100, 20, 15))).splitlines()[-1] == f"advice: {low}"

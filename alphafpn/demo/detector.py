@@ -1,11 +1,12 @@
-"""The small detector of the experiments: a RetinaNet of P2-P6 on a residual network."""
+"""A small detector for scenes: a RetinaNet of P2-P6 on a residual network."""
 
 from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.resnet import BasicBlock
@@ -13,6 +14,11 @@ from torchvision.models.resnet import BasicBlock
 from alphafpn.tiny import tiny_retinanet
 
 CHANNELS = 32
+MEAN, DEVIATION = 0.45, 0.25  # of pixels from 0 to 1, in all channels
+Levels: TypeAlias = tuple[tuple[float, ...], ...]
+# Sizes of anchors by level; drawn figures are so alike that one shape does.
+DRAWN_SIZES: Levels = tuple((size, size * 2**0.5) for size in (6.0, 12.0, 24.0, 48.0, 96.0))
+DRAWN_RATIOS = (1.6,)
 _WIDTHS = (16, 16, 32, 64, 96)
 
 
@@ -32,20 +38,26 @@ class _Backbone(BackboneWithFPN):  # type: ignore[misc]
     def __init__(self) -> None:
         names = {f"c{i}": str(i) for i in range(2, 6)}
         super().__init__(body(), names, list(_WIDTHS[1:]), CHANNELS)
-        self.trunk = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.ReLU())
-        nn.init.kaiming_normal_(self.trunk[0].weight, nonlinearity="relu")
+        convolution = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+        self.trunk = nn.Sequential(convolution, nn.ReLU())
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {name: self.trunk(level) for name, level in super().forward(x).items()}
 
 
-def detector(
-    sizes: tuple[tuple[float, ...], ...], ratios: tuple[float, ...], classes: int = 1
-) -> Any:
-    """Makes the detector in training mode; one convolution serves both outputs of its head."""
+def detector(sizes: Levels, ratios: tuple[float, ...], classes: int = 1) -> Any:
+    """Makes the detector in training mode; one convolution serves both outputs of its head.
+
+    Args:
+        sizes: Of the anchors in pixels, by level.
+        ratios: Height over width of the anchors.
+        classes: How many, without the background.
+    """
     model = tiny_retinanet(
         _Backbone(), num_classes=classes + 1, anchor_sizes=sizes, aspect_ratios=ratios
     )
     model.head.classification_head.conv = nn.Sequential()
     model.head.regression_head.conv = nn.Sequential()
-    return model
+    model.transform.image_mean, model.transform.image_std = [MEAN] * 3, [DEVIATION] * 3
+    return model.to(memory_format=torch.channels_last)

@@ -1,0 +1,125 @@
+"""`compare_anchors`: how well a detector's anchors fit, and how well smaller ones would."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+from alphafpn.estimate.anchors.detector import DetectorView
+from alphafpn.estimate.annotations.columns import Annotations
+from alphafpn.estimate.annotations.read import read_annotations
+from alphafpn.estimate.checks import check_clamp
+from alphafpn.estimate.for_detector import estimate_view
+from alphafpn.estimate.result.alpha_estimate import AlphaEstimate
+from alphafpn.estimate.result.comparison import AnchorComparison, AnchorFit
+
+# Anchor sizes and input size, as multiples of the detector's own.
+VARIANTS = ((0.5, 1), (0.25, 1), (0.125, 1), (1.0, 2))
+
+
+def compare_anchors(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    category_ids: Collection[int] | None = None,
+    clamp: tuple[float, float] | None = (0.2, 2.0),
+    progress: bool = False,
+) -> AnchorComparison:
+    """Counts with the detector's own anchors, with smaller ones, and on an input twice as large.
+
+    Anchor sizes are the detector's own times 1, 1/2, 1/4 and 1/8, rounded as torchvision rounds
+    them; then its own once more, with images twice as large. Annotations are read once, no image is
+    opened, and the model stays as it is. FCOS has regression ranges in place of anchors, and these
+    are scaled.
+
+    A row is left out where it could not be built: where a size rounds to nothing, where two levels
+    would be alike, or where a transform of the user's own undoes the enlargement.
+
+    Args:
+        model: As for `estimate_alpha_for`.
+        dataset: As for `estimate_alpha_for`.
+        category_ids: As for `estimate_alpha_for`.
+        clamp: As for `estimate_alpha_for`.
+        progress: As for `estimate_alpha_for`.
+
+    Returns:
+        One `AnchorFit` for each row, the detector as it is first; it prints as a table.
+
+    Raises:
+        TypeError: As `estimate_alpha_for`.
+        ValueError: As `estimate_alpha_for`.
+    """
+    clamp = check_clamp(clamp)
+    view = DetectorView(model)
+    annotations = read_annotations(dataset, category_ids=category_ids, progress=progress)
+    return compare_view(view, annotations, estimate_view(view, annotations, clamp))
+
+
+def compare_view(
+    view: DetectorView, annotations: Annotations, own: AlphaEstimate
+) -> AnchorComparison:
+    """Compares as `compare_anchors` does, where the detector as it is has been counted."""
+    rows = [AnchorFit(1.0, 1, _sizes(view.generator, 1.0), own)]
+    for anchor_scale, input_scale in VARIANTS:
+        other = copy.copy(view)
+        other.generator = _scaled(view.generator, anchor_scale)
+        if any((c[:, 2:] <= c[:, :2]).any() for c in other.generator.cell_anchors):
+            continue
+        enlarge = 1 if input_scale == 1 else _enlarge(other)
+        try:
+            estimate = estimate_view(other, annotations, own.clamp, enlarge)
+        except ValueError:  # as the detector itself was counted: two levels are alike now
+            continue
+        if input_scale == 1 or estimate.mean_size > 1.5 * own.mean_size:
+            sizes = _sizes(view.generator, anchor_scale)
+            rows.append(AnchorFit(anchor_scale, input_scale, sizes, estimate))
+    return AnchorComparison(tuple(rows))
+
+
+def _scaled(generator: AnchorGenerator, scale: float) -> AnchorGenerator:
+    """A generator with `scale` times the sizes; hand-made anchors grow from their centres."""
+    other = copy.copy(generator)
+    if scale == 1:
+        return other
+    if sizes := _sizes(generator, scale):
+        other.cell_anchors = _cells(generator, sizes)
+    else:
+        centres = [(c[:, :2] + c[:, 2:]).repeat(1, 2) / 2 for c in generator.cell_anchors]
+        other.cell_anchors = [
+            centre + (cells - centre) * scale
+            for cells, centre in zip(generator.cell_anchors, centres, strict=True)
+        ]
+    return other
+
+
+def _sizes(generator: AnchorGenerator, scale: float) -> tuple[tuple[float, ...], ...]:
+    """Sizes per level times `scale`; none where the anchors are not made from sizes."""
+    own = tuple(tuple(float(size) for size in level) for level in generator.sizes)
+    made = _cells(generator, own)
+    if len(made) != len(generator.cell_anchors) or not all(
+        torch.equal(a.to(b), b) for a, b in zip(made, generator.cell_anchors, strict=True)
+    ):
+        return ()
+    return tuple(tuple(size * scale for size in level) for level in own)
+
+
+def _cells(generator: AnchorGenerator, sizes: tuple[tuple[float, ...], ...]) -> list[torch.Tensor]:
+    ratios = generator.aspect_ratios
+    return [generator.generate_anchors(s, r) for s, r in zip(sizes, ratios, strict=False)]
+
+
+def _enlarge(view: DetectorView) -> int:
+    """Doubles what the detector resizes to, or returns how much larger images have to come."""
+    if not view.resizes:
+        return 2
+    transform = view.transform = copy.copy(view.transform)
+    transform.min_size = tuple(2 * size for size in transform.min_size)
+    transform.max_size = 2 * transform.max_size
+    if transform.fixed_size is not None:
+        transform.fixed_size = tuple(2 * side for side in transform.fixed_size)
+    return 1
