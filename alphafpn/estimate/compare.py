@@ -53,6 +53,14 @@ def compare_anchors(
     Raises:
         TypeError: As `estimate_alpha_for`.
         ValueError: As `estimate_alpha_for`.
+
+    Examples:
+        >>> from torchvision.models import get_model
+        >>> model = get_model("fasterrcnn_resnet50_fpn", weights=None, weights_backbone=None)
+        >>> boxes = torch.tensor([[10.0, 10.0, 22.0, 25.0], [200, 90, 209, 98]])
+        >>> fits = compare_anchors(model, [((480, 640), boxes)])
+        >>> [fit.anchor_scale for fit in fits.rows]
+        [1.0, 0.5, 0.25, 0.125, 1.0]
     """
     clamp = check_clamp(clamp)
     view = DetectorView(model)

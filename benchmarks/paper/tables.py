@@ -149,6 +149,8 @@ def _spread(
                 found = by_seed.setdefault(run["config"]["seed"], {})
                 found[run["config"]["alpha"]] = 100 * run["figures"][figure]
         whole = {seed: found for seed, found in by_seed.items() if len(found) == len(alphas)}
+        if not whole:
+            continue
         means = [mean_of([found[a] for found in whole.values()]) for a in alphas]
         ranges = [max(found.values()) - min(found.values()) for found in whole.values()]
         factors = next((r["alpha"] for r in cell if r["config"]["alpha"] == "s-alpha"), [])

@@ -57,8 +57,10 @@ def write(records: Sequence[dict[str, Any]], page: Path) -> None:
     if not (begin and end):
         raise ValueError(f"{page}: expected the marks {_BEGIN} and {_END}")
     found = groups(records)
-    drawn = [group for group in found if not group.data.startswith("cells")]
-    cells = [group for group in found if group.data.startswith("cells")]
+    drawn, cells, people = (
+        [group for group in found if group.data.startswith(names)]
+        for names in (("near", "far"), "cells", "people")
+    )
     images = page.parent / "images"
     drift(found, images / "scenes-drift.svg")
     parts = [
@@ -83,6 +85,8 @@ def write(records: Sequence[dict[str, Any]], page: Path) -> None:
             "![AP50 of blood cells against alpha = 1 at each size](images/scenes-cells.svg)"
         )
         parts.append(peaks(cells))
+    if people:
+        parts.append(peaks(people))
     parts += [_folded(regime, part) for regime, part in _by_regime(found)]
     text = "\n\n".join(parts)
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", "utf-8")
@@ -91,8 +95,8 @@ def write(records: Sequence[dict[str, Any]], page: Path) -> None:
 def _by_regime(found: Iterable[Group]) -> list[tuple[str, list[Group]]]:
     result: dict[str, list[Group]] = {}
     for group in found:
-        what = "blood cells" if group.data.startswith("cells") else "drawn scenes"
-        regime = f"{what}, {group.regime}"
+        what = {"cells": "blood cells", "people": "TinyPerson's images"}
+        regime = f"{what.get(group.data.split()[0], 'drawn scenes')}, {group.regime}"
         result.setdefault(regime, []).append(group)
     return [(name, sorted(part, key=_order)) for name, part in sorted(result.items(), reverse=True)]
 
@@ -237,7 +241,12 @@ def _drift(group: Group) -> float:
 def drift(found: Sequence[Group], path: Path) -> None:
     """What a small factor gains, by where a training with 1 took the top-down path."""
     figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
-    families = {"near": "drawn, near", "far": "drawn, far", "cells": "blood cells"}
+    families = {
+        "near": "drawn, near",
+        "far": "drawn, far",
+        "cells": "blood cells",
+        "people": "TinyPerson",
+    }
     for (family, label), colour in zip(families.items(), _COLOURS, strict=False):
         part = [g for g in found if g.data.startswith(family) and len(g.against(_SMALL)) >= _FEWEST]
         gains = [mean_of(group.against(_SMALL)) for group in part]

@@ -332,9 +332,10 @@ def test_report_writes_between_its_marks(tmp_path):
     assert text.endswith("after\n")
     assert "old" not in text
     assert "| near .2/.2/.2 |" in text
-    assert "Rank correlation" in text
+    assert "| S-alpha, geometric mean of its factors | " in text
+    assert "drift, seeds from 3 on alone" not in text  # one such seed says nothing
     names = {path.name for path in (tmp_path / "images").iterdir()}
-    assert {"scenes-curves.svg", "scenes-rules.svg"} <= names
+    assert {"scenes-curves.svg", "scenes-drift.svg", "scenes-rules.svg"} <= names
 
 
 def test_records_kept_are_of_planned_runs():
