@@ -82,3 +82,10 @@ def package(session: nox.Session) -> None:
     session.install(f"{wheel}[test]")
     with session.chdir(out / sdist.name.removesuffix(".tar.gz")):
         session.run("pytest", "-n", "2", *(session.posargs or SDIST_TESTS))
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Breaks the core in 200 random places, and expects the tests to notice 95 % of them."""
+    session.install("-e", ".[test]")
+    session.run("python", "-m", "tests.mutants", *(session.posargs or (session.create_tmp(),)))
