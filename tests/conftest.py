@@ -6,12 +6,21 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # More threads would only wait for each other.
     torch.set_num_threads(1)
+
+# For `tests/mutants.py`: the same examples each time, and a failing one is not made smaller.
+hypothesis.settings.register_profile(
+    "mutants",
+    derandomize=True,
+    database=None,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+)
 
 
 @pytest.fixture

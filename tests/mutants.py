@@ -1,0 +1,181 @@
+"""Breaks the core in one place at a time, and shows which changes no test notices.
+
+`python -m tests.mutants FOLDER` copies the tree to FOLDER, finds which tests reach which line, and
+runs a random sample of mutants, each against the tests that reach its line. A second call with the
+same folder goes on where the first one ended. Annotations, decorators, `raise` statements and
+`zip(strict=)` stay as they are: a change there alters no behaviour that a test should hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+
+import coverage
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = ("*.py", "estimate/**/*.py")
+MODULES = ("cli", "equivalence", "gradients", "imports", "pyramid", "surgery")
+TESTS = ["tests/estimate", *(f"tests/test_{name}.py" for name in MODULES)]
+LIMIT = 300  # seconds for one mutant; one that hangs is noticed
+ENOUGH = 0.95
+PAIRS = [
+    (ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot),
+    (ast.In, ast.NotIn), (ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.FloorDiv, ast.Mod),
+    (ast.BitOr, ast.BitAnd), (ast.LShift, ast.RShift), (ast.And, ast.Or),
+]  # fmt: skip
+SWAPS: dict[type[ast.AST], type[ast.AST]] = {
+    ast.Pow: ast.Mult, **dict(PAIRS), **{b: a for a, b in PAIRS}
+}  # fmt: skip
+
+
+def changed(node: ast.AST) -> Iterator[ast.AST]:
+    """Yields what may stand in place of `node`."""
+    if isinstance(node, ast.BinOp | ast.BoolOp | ast.AugAssign) and type(node.op) in SWAPS:
+        yield _with(node, op=SWAPS[type(node.op)]())
+    elif isinstance(node, ast.Compare):
+        for i, op in enumerate(node.ops):
+            yield _with(node, ops=[*node.ops[:i], SWAPS[type(op)](), *node.ops[i + 1 :]])
+    elif isinstance(node, ast.UnaryOp):
+        yield node.operand
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield ast.Constant(not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        yield ast.Constant(node.value + 1)
+    elif isinstance(node, ast.If | ast.IfExp | ast.While):
+        yield _with(node, test=ast.UnaryOp(ast.Not(), node.test))
+    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        yield ast.Pass()
+
+
+def _with(node: ast.AST, **fields: object) -> ast.AST:
+    new = copy.copy(node)
+    vars(new).update(fields)
+    return new
+
+
+def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
+    """Yields owner, field, index in the field, and node, for each part that may be replaced."""
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns", "decorator_list"):
+            continue
+        for i, part in enumerate(value if isinstance(value, list) else [value]):
+            if not isinstance(part, ast.AST) or isinstance(part, ast.Raise):
+                continue
+            if isinstance(part, ast.If) and ast.unparse(part.test) == "TYPE_CHECKING":
+                continue
+            if isinstance(part, ast.keyword) and part.arg == "strict":
+                continue
+            yield node, field, i if isinstance(value, list) else None, part
+            yield from places(part)
+
+
+def mutants(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Yields line, change and source of each mutant of a module."""
+    tree = ast.parse(path.read_text())
+    for owner, field, i, old in list(places(tree)):
+        for new in changed(old):
+            _put(owner, field, i, new)
+            before, after = (ast.unparse(part).split("\n")[0] for part in (old, new))
+            source = ast.unparse(ast.fix_missing_locations(tree))
+            yield getattr(old, "lineno", 0), f"{before}  ->  {after}", source
+            _put(owner, field, i, old)
+
+
+def _put(owner: ast.AST, field: str, i: int | None, part: ast.AST) -> None:
+    if i is None:
+        setattr(owner, field, part)
+    else:
+        getattr(owner, field)[i] = part
+
+
+def passes(folder: Path, *options: str, limit: float | None = None) -> bool:
+    """Whether pytest passes in `folder`."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        run = subprocess.run(
+            command, cwd=folder, env=environment, timeout=limit, capture_output=True, text=True
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    # Codes above 2 are a mistake in this call; 2 is a test module that cannot be imported, and 4 a
+    # conftest that cannot.
+    if run.returncode not in (0, 1, 2, 4):
+        raise RuntimeError(f"pytest left with {run.returncode}: {run.stdout[-2000:]}{run.stderr}")
+    return run.returncode == 0
+
+
+def prepare(folder: Path) -> dict[str, float]:
+    """Copies the tree, runs the suite once with each line's tests, and returns their seconds."""
+    if not (folder / "times.xml").exists():
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "site", "dist")
+        shutil.copytree(ROOT, folder, ignore=ignored, dirs_exist_ok=True)
+        options = ["-n", "2", "--cov=alphafpn", "--cov-context=test", "--cov-report="]
+        if not passes(folder, *options, "--junitxml=part.xml", *TESTS):
+            raise RuntimeError("the suite fails before anything is changed")
+        (folder / "part.xml").rename(folder / "times.xml")
+    cases = ElementTree.parse(folder / "times.xml").iter("testcase")
+    return {f"{c.get('classname')}.{c.get('name')}": float(c.get("time", 0)) for c in cases}
+
+
+def reaching(folder: Path, path: Path, seconds: dict[str, float]) -> dict[int, list[str]]:
+    """Maps each line of a module to the tests that reach it, the fastest first."""
+    data = coverage.CoverageData(str(folder / ".coverage"))
+    data.read()
+    found = {}
+    for line, contexts in data.contexts_by_lineno(str(folder / path)).items():
+        tests = {context.partition("|")[0] for context in contexts} - {""}
+        names = {t: t.replace("/", ".").replace(".py::", ".").replace("::", ".") for t in tests}
+        found[line] = sorted(tests, key=lambda test: seconds.get(names[test], 0.0))
+    return found
+
+
+def main() -> None:
+    """Runs the sample, prints who survives, and leaves with 1 if too many do."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    folder = options.folder.resolve()
+    seconds = prepare(folder)
+    paths = sorted(p.relative_to(folder) for glob in CORE for p in (folder / "alphafpn").glob(glob))
+    everything = [(path, *mutant) for path in paths for mutant in mutants(folder / path)]
+    sample = random.Random(options.seed).sample(everything, options.count)
+    results = folder / "mutants.jsonl"
+    done = (
+        [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    )
+    for path, line, change, source in sample[len(done) :]:
+        tests = reaching(folder, path, seconds).get(line, [])
+        original = (ROOT / path).read_text()
+        (folder / path).write_text(source)
+        try:
+            phases = "--hypothesis-profile=mutants"
+            alive = not tests or passes(folder, "-x", phases, *tests[:400], limit=LIMIT)
+        finally:
+            (folder / path).write_text(original)
+        done.append({"place": f"{path}:{line}", "change": change, "alive": alive})
+        with results.open("a") as file:
+            file.write(json.dumps(done[-1]) + "\n")
+        print(f"{len(done)}/{len(sample)}", "ALIVE" if alive else "dead", done[-1], flush=True)
+    survivors = [mutant for mutant in done if mutant["alive"]]
+    print(f"{len(done) - len(survivors)} of {len(done)} mutants of {len(everything)} died")
+    for mutant in survivors:
+        print(f"  {mutant['place']}: {mutant['change']}")
+    sys.exit(len(survivors) > (1 - ENOUGH) * len(done))
+
+
+if __name__ == "__main__":
+    main()
