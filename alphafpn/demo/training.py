@@ -179,7 +179,10 @@ def detect(model: nn.Module, images: Sequence[Tensor], batch: int = 16) -> Detec
 
 
 def as_results(found: Detections) -> list[dict[str, Any]]:
-    """Detections as COCO results; an image's id is its place."""
+    """Detections as COCO results; an image's id is its place.
+
+    Class 0 is the background, which a detector finds only where its training went wrong.
+    """
     return [
         {
             "image_id": index,
@@ -191,6 +194,7 @@ def as_results(found: Detections) -> list[dict[str, Any]]:
         for (x1, y1, x2, y2), score, label in zip(
             *(entry[name].tolist() for name in ("boxes", "scores", "labels")), strict=True
         )
+        if label > 0
     ]
 
 

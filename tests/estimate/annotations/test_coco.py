@@ -246,7 +246,8 @@ def shards(draw: st.DrawFn) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Files whose ids may repeat, some of them empty, and the file that holds all of them."""
     parts = draw(st.lists(coco_files(), min_size=1, max_size=3))
     parts.insert(draw(st.integers(0, len(parts))), coco(images=[], annotations=[]))
-    merged = coco(images=[], annotations=[], categories=parts[0]["categories"])
+    listed = sorted({category["id"] for part in parts for category in part["categories"]})
+    merged = coco(images=[], annotations=[], categories=[{"id": n} for n in listed])
     for part in parts:
         new = {image["id"]: len(merged["images"]) + n for n, image in enumerate(part["images"])}
         merged["images"] += [{**image, "id": new[image["id"]]} for image in part["images"]]
