@@ -72,6 +72,10 @@ def _pilots() -> Iterator[Config]:
         for rate, data in itertools.product(rates, ("far .4/.4/.4", "near .4/.4/.4")):
             config = _config(data, _PILOT_SEED, weights, optimizer)
             yield dataclasses.replace(config, rate=rate)
+    for optimizer, rates in {"adamw": (2e-3, 4e-3, 6e-3), "sgd": (1e-2, 3e-2, 6e-2)}.items():
+        for rate in rates:
+            config = _config(_PEOPLE, _PILOT_SEED, "scratch", optimizer)
+            yield dataclasses.replace(config, rate=rate)
 
 
 _ALL = tuple((alpha,) for alpha in (*CONSTANTS, "S-alpha"))
@@ -108,6 +112,10 @@ PARTS: dict[str, Callable[[int], Iterator[Config]]] = {
     "people": _part("scratch", "adamw", _ON_PEOPLE[:5], (_PEOPLE,)),
     "people-more": _part("scratch", "adamw", _ON_PEOPLE[5:], (_PEOPLE,)),
     "people-sgd": _part("scratch", "sgd", _ON_PEOPLE[:5], (_PEOPLE,)),
+    # Whether S-alpha's values, or only small ones, are what gained there.
+    "people-sgd-more": _part(
+        "scratch", "sgd", (("0",), ("0.2",), ("0.35",), CONTROLS[1]), (_PEOPLE,)
+    ),
     "cells": _part("scratch", "adamw", _ON_CELLS, CELLS),
     "cells-sgd": _part("scratch", "sgd", (*_SOME, ("S-alpha unclamped",)), CELLS),
     "cells-classes": _part("scratch", "adamw", _SOME, THREE_CLASSES),
