@@ -1,4 +1,4 @@
-"""``python -m alphafpn``."""
+"""`python -m alphafpn`."""
 
 from alphafpn.cli import main
 

@@ -1,4 +1,4 @@
-"""matplotlib's axes for the pictures of results (extra ``plot``)."""
+"""matplotlib's axes for the pictures of results (extra `plot`)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 def new_axes() -> Axes:
-    """Axes of a new figure that needs no display.
+    """Makes axes of a new figure that needs no display.
 
     Raises:
-        ImportError: without matplotlib; the message names the extra.
+        ImportError: Without matplotlib; the message names the extra.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,7 +1,7 @@
-"""The command line: ``alphafpn estimate`` and ``alphafpn demo``.
+"""The command line: `alphafpn estimate` and `alphafpn demo`.
 
 Results go to stdout, progress and messages to stderr. A mistake in what the user gave is exit code
-2 and one line that starts with ``alphafpn: error:``.
+2 and one line that starts with `alphafpn: error:`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TINY = ("tiny_retinanet", "tiny_faster_rcnn")
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line per mistake, instead of the usage before it."""
+    """Gives one line per mistake, instead of the usage before it."""
 
     def error(self, message: str) -> NoReturn:
         if re.search(r"^argument --detector|required: .*--detector$", message):
@@ -69,7 +69,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about a mistyped name: the known one that it may stand for."""
+    """Ends a message about a mistyped name with the known one that it may stand for."""
     names = list(known)
     begun = [other for other in names if other.startswith(name)]
     found = begun or difflib.get_close_matches(name, names, n=1)
@@ -172,7 +172,7 @@ def _estimate(options: argparse.Namespace) -> None:
 
 
 def _detector(options: argparse.Namespace) -> nn.Module:
-    """The detector by name, without weights: only its anchors and sizes matter."""
+    """Builds the detector by name, without weights: only its anchors and sizes matter."""
     names = _detector_names()
     if options.detector not in names:
         raise ValueError(
@@ -215,7 +215,7 @@ def _set_anchors(
 
 
 def _picture_kind(path: Path) -> str:
-    """The file format, found before the counting so that no mistake comes after it."""
+    """Reads the file format off the name, before the counting: no mistake comes after it."""
     kinds = new_axes().figure.canvas.get_supported_filetypes()
     kind = path.suffix.lstrip(".") or "png"
     if kind not in kinds:

@@ -37,7 +37,7 @@ class GradientShares:
 
     @property
     def shares(self) -> Tensor:
-        """Norms over their sum along a row, [K, L]; nan in a row that no gradient reaches."""
+        """Returns norms over their sum along a row, [K, L]; nan where no gradient arrives."""
         return self.norms / self.norms.sum(1, keepdim=True)
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class GradientShares:
         """Draws one stacked bar for each backbone feature (needs the extra `plot`).
 
         Args:
-            axes: matplotlib axes to draw on; new ones by default.
+            axes: Matplotlib axes to draw on; new ones by default.
         """
         axes = new_axes() if axes is None else axes
         palette = ["#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#9d755d"]

@@ -429,3 +429,8 @@ def test_keys_of_the_oldest_format_are_renamed_as_in_the_parent(alpha):
     for name, tensor in stock.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor)
     assert torch.equal(ours.alpha.detach(), torch.tensor(FACTORS))
+
+
+def test_factors_start_at_one_by_default():
+    assert make_alpha(LearnableAlpha()).alpha.tolist() == [1.0] * 3
+    assert [gate.init.item() for gate in make_alpha(AttentionAlpha()).gates] == [1.0] * 3

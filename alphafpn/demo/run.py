@@ -1,6 +1,6 @@
 """The main job from end to end: estimate, train with several factors, evaluate, fold, compare.
 
-Needs the extra ``demo``. Without images of your own it draws scenes.
+Needs the extra `demo`. Without images of your own it draws scenes.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Scene:
     """An image with what is to be found in it.
 
     Attributes:
-        pixels: uint8 [3, H, W].
+        pixels: Uint8 [3, H, W].
         boxes: Objects, float32 xyxy [N, 4] in pixels.
         labels: Their classes from 1, int64 [N].
         ignored: Regions that count neither for nor against a detector, as `boxes` are.

@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 def check_boxes(boxes: object, where: str) -> Tensor:
-    """`boxes` as a floating tensor [N, 4] of finite xyxy boxes.
+    """Returns `boxes` as a floating tensor [N, 4] of finite xyxy boxes.
 
     Raises:
-        TypeError: if it is no tensor of real numbers.
-        ValueError: if it has another shape, or a box is not finite or inverted, or so large that
+        TypeError: If it is no tensor of real numbers.
+        ValueError: If it has another shape, or a box is not finite or inverted, or so large that
             its area is not finite.
     """
     if not isinstance(boxes, Tensor):
@@ -57,11 +57,11 @@ def check_num_fused_levels(num_fused_levels: int, num_levels: int) -> None:
 
 
 def check_clamp(clamp: Any) -> tuple[float, float] | None:
-    """`clamp` as two floats.
+    """Returns `clamp` as two floats.
 
     Raises:
-        TypeError: if it is not None or a pair of numbers.
-        ValueError: unless 0 <= lower <= upper < inf.
+        TypeError: If it is not None or a pair of numbers.
+        ValueError: Unless 0 <= lower <= upper < inf.
     """
     if clamp is None:
         return None

@@ -90,7 +90,7 @@ def compare_view(
 
 
 def _scaled(generator: AnchorGenerator, scale: float) -> AnchorGenerator:
-    """A generator with `scale` times the sizes; hand-made anchors grow from their centres."""
+    """Makes a generator with `scale` times the sizes; hand-made anchors grow from their centres."""
     other = copy.copy(generator)
     if scale == 1:
         return other
@@ -106,7 +106,7 @@ def _scaled(generator: AnchorGenerator, scale: float) -> AnchorGenerator:
 
 
 def _sizes(generator: AnchorGenerator, scale: float) -> tuple[tuple[float, ...], ...]:
-    """Sizes per level times `scale`; none where the anchors are not made from sizes."""
+    """Returns sizes per level times `scale`; none where the anchors are not made from sizes."""
     own = tuple(tuple(float(size) for size in level) for level in generator.sizes)
     made = _cells(generator, own)
     if len(made) != len(generator.cell_anchors) or not all(

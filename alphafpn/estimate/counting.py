@@ -24,11 +24,11 @@ class LevelCounts:
     """What boxes and anchors add up to; the base of an `AlphaEstimate`.
 
     Attributes:
-        per_image: boxes per image and level, int64 [M, L + 1]; last the boxes without any anchor.
-        histogram: boxes per hundredth of best IoU, int64 [101].
-        iou_sums: likewise per level, in `IOU_UNIT`, float64 [L + 1].
-        size_sum: in `SIZE_UNIT`, float64.
-        num_sizes: input sizes that were added.
+        per_image: Boxes per image and level, int64 [M, L + 1]; last the boxes without any anchor.
+        histogram: Boxes per hundredth of best IoU, int64 [101].
+        iou_sums: Likewise per level, in `IOU_UNIT`, float64 [L + 1].
+        size_sum: In `SIZE_UNIT`, float64.
+        num_sizes: Input sizes that were added.
     """
 
     per_image: Tensor
@@ -38,7 +38,7 @@ class LevelCounts:
     num_sizes: int = 1
 
     def __add__(self, other: LevelCounts) -> LevelCounts:
-        """The same images, counted at another input size too."""
+        """Adds the same images, counted at another input size too."""
         return LevelCounts(
             *(getattr(self, f.name) + getattr(other, f.name) for f in fields(LevelCounts))
         )
@@ -52,7 +52,7 @@ class LevelCounts:
         follows_iou: bool = True,
         **description: Any,
     ) -> AlphaEstimate:
-        """The estimate; `description` is what else an `AlphaEstimate` holds."""
+        """Makes the estimate; `description` is what else an `AlphaEstimate` holds."""
         *counts, num_unmatched = self.per_image.sum(0).tolist()
         # Products of counts in float64 are exact far beyond any data set.
         per_image = self.per_image[:, :-1].double()
@@ -83,11 +83,11 @@ def count_levels(
     """Matches and adds up, block by block.
 
     Args:
-        matcher: of the anchors.
+        matcher: Of the anchors.
         boxes: [G, 4] xyxy, image after image; or in pieces, wherever they are cut.
-        sizes: boxes per image, int64 [M] on the CPU, with sum G.
+        sizes: Boxes per image, int64 [M] on the CPU, with sum G.
         num_levels: L.
-        layout: which of the matcher's layouts each image has, int64 [M]; None if there is one.
+        layout: Which of the matcher's layouts each image has, int64 [M]; None if there is one.
     """
     device = matcher.device
     counts = LevelCounts(
@@ -106,7 +106,7 @@ def count_levels(
         bounds = ends[first : last + 1].clamp(max=stop)
         lengths = bounds.diff(prepend=torch.tensor([start], device="cpu")).to(device)
         image = torch.repeat_interleave(lengths, output_size=len(part))
-        where = None if layout is None else layout[first : last + 1].index_select(0, image)
+        where = None if layout is None else layout.index_select(0, image + first)
         level, iou = matcher.match(part, where)
         rows = counts.per_image[first : last + 1]
         key = image.mul_(num_levels + 1).add_(level)
@@ -127,7 +127,7 @@ def block_size(device: torch.device) -> int:
 
 
 def images_of(ends: Tensor, start: int, stop: int) -> tuple[int, int]:
-    """The first and the last image that own boxes `start` to `stop`."""
+    """Returns the first and the last image that own boxes `start` to `stop`."""
     boxes = torch.tensor([start, stop - 1], device="cpu")
     first, last = torch.searchsorted(ends, boxes, right=True).tolist()
     return first, last

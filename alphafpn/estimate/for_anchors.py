@@ -29,25 +29,25 @@ def estimate_alpha(
     num_fused_levels: int | None = None,
     clamp: tuple[float, float] | None = (0.2, 2.0),
 ) -> AlphaEstimate:
-    """Fusion factors from boxes and anchors (Algorithm 1 and Eq. 2).
+    """Reads fusion factors off boxes and anchors (Algorithm 1 and Eq. 2).
 
     Each box is given to the level of its best-IoU anchor, the finest one among equals, without any
     threshold; the factor into a level is the number of boxes on the next coarser level over the
     number on this one.
 
     Args:
-        anchors: what all images share, a layout or anchors [N_l, 4] per level, finest level first;
+        anchors: What all images share, a layout or anchors [N_l, 4] per level, finest level first;
             or a sequence of one of these per image. Plain anchors on a regular grid take the same
             fast path as a layout; others are searched exactly, in blocks.
-        gt_boxes: boxes [G, 4] of one image, or a sequence of them, one per image; xyxy in pixels of
+        gt_boxes: Boxes [G, 4] of one image, or a sequence of them, one per image; xyxy in pixels of
             the image as the network sees it. An image may have none.
         num_fused_levels: K, the number of levels that the pyramid fuses, its
-            ``len(in_channels_list)``; by default the layout's own, else all levels but one.
+            `len(in_channels_list)`; by default the layout's own, else all levels but one.
         clamp: (lower, upper) bound of the factors, or None. The paper's is (0.2, 2.0).
 
     Raises:
-        TypeError: if an argument is of another kind.
-        ValueError: if a box or an anchor is not finite or inverted, if anchors and boxes are for
+        TypeError: If an argument is of another kind.
+        ValueError: If a box or an anchor is not finite or inverted, if anchors and boxes are for
             different numbers of images, or if two levels cannot be told apart.
 
     Examples:
@@ -92,7 +92,7 @@ def estimate_alpha(
 def _blocks(
     images: Sequence[Tensor], sizes: Tensor, name: str, members: npt.NDArray[np.int64]
 ) -> Iterator[Tensor]:
-    """The boxes of all images in blocks of equal length, checked; members are for messages."""
+    """Yields the boxes of all images in blocks of equal length, checked; `members` names images."""
     ends = sizes.cumsum(0)
     total = int(sizes.sum())
     size = block_size(images[0].device) if total else 1
@@ -113,7 +113,7 @@ def _blocks(
 
 
 def _images(gt_boxes: Any, name: str) -> list[Tensor]:
-    """Boxes [G, 4] per image, floating, on one device; their values are not checked."""
+    """Returns boxes [G, 4] per image, floating, on one device; their values are not checked."""
     if not isinstance(gt_boxes, Iterable) or isinstance(gt_boxes, str | bytes | dict):
         raise TypeError(
             "gt_boxes: a tensor [G, 4], or a sequence of one per image expected, found "
@@ -138,7 +138,7 @@ def _images(gt_boxes: Any, name: str) -> list[Tensor]:
 def _kinds(
     anchors: Any, num_images: int, num_fused_levels: int | None
 ) -> tuple[list[AnchorLayout | Levels], npt.NDArray[np.int64]]:
-    """The different anchors in `anchors`, and which of them each image has."""
+    """Finds the different anchors in `anchors`, and which of them each image has."""
     same = np.zeros(num_images, dtype=np.int64)
     if isinstance(anchors, AnchorLayout):
         return [_checked(anchors, "anchors", num_fused_levels)], same
@@ -189,7 +189,7 @@ def _describe(value: Any) -> str:
 def _checked(
     anchors: AnchorLayout | Levels, where: str, num_fused_levels: int | None
 ) -> AnchorLayout | Levels:
-    """The layout, also of plain tensors where they have one; its levels can be told apart."""
+    """Returns the layout, also of plain tensors that have one; its levels can be told apart."""
     if isinstance(anchors, AnchorLayout):
         check_distinct(anchors, where)
         return anchors
@@ -207,7 +207,7 @@ def _checked(
 
 
 def _families(kinds: Sequence[AnchorLayout | Levels]) -> list[list[int]]:
-    """Indices of anchors that one matcher can take: layouts that share their cell anchors."""
+    """Groups the indices of layouts that share their cell anchors, which one matcher can take."""
     families: dict[object, list[int]] = {}
     for i, kind in enumerate(kinds):
         key: object = i
@@ -218,7 +218,7 @@ def _families(kinds: Sequence[AnchorLayout | Levels]) -> list[list[int]]:
 
 
 def _key(anchors: object) -> object:
-    """What equal layouts have in common; None for stored anchors, which are not compared."""
+    """Returns what equal layouts share; None for stored anchors, which are not compared."""
     if not isinstance(anchors, AnchorLayout):
         return None
     levels = anchors._levels
@@ -235,11 +235,11 @@ def _matcher(
 
 
 def _tensors(anchors: AnchorLayout | Levels) -> Sequence[Tensor]:
-    """One tensor per level: cell anchors or anchors."""
+    """Returns one tensor per level: cell anchors or anchors."""
     return anchors.cell_anchors if isinstance(anchors, AnchorLayout) else anchors
 
 
 def _dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """The widest, in which the brute force would compute."""
+    """Returns the widest, in which the brute force would compute."""
     wide = any(dtype == torch.float64 for dtype in {tensor.dtype for tensor in tensors})
     return torch.float64 if wide else torch.float32

@@ -30,27 +30,27 @@ def estimate_alpha_for(
     clamp: tuple[float, float] | None = (0.2, 2.0),
     progress: bool = False,
 ) -> AlphaEstimate:
-    """Fusion factors for a detector on a data set, in the coordinates that its network sees.
+    """Reads factors off a data set for a detector, in the coordinates that its network sees.
 
     Levels, anchors, resize, padding and K are the detector's own. Each image is resized and padded
-    as if alone in its batch; where training chooses among several ``min_size``, each counts with
+    as if alone in its batch; where training chooses among several `min_size`, each counts with
     equal weight. No image is opened where the annotations hold the sizes. The model stays as it is.
 
     FCOS matches no anchors: its levels follow its regression ranges.
 
     Args:
-        model: a torchvision detector with a feature pyramid.
-        dataset: a path to a COCO-format JSON file, or a sequence of paths, which count as one file
-            (ids are each file's own); an iterable of ``((height, width), boxes)`` with
+        model: A torchvision detector with a feature pyramid.
+        dataset: A path to a COCO-format JSON file, or a sequence of paths, which count as one file
+            (ids are each file's own); an iterable of `((height, width), boxes)` with
             boxes [n, 4] xyxy in original pixels; or a torchvision-style data set whose targets hold
-            ``boxes``.
-        category_ids: count only boxes of these categories.
+            `boxes`.
+        category_ids: Count only boxes of these categories.
         clamp: (lower, upper) bound of the factors, or None.
-        progress: show a progress bar on stderr while a data set is read item by item.
+        progress: Show a progress bar on stderr while a data set is read item by item.
 
     Raises:
-        TypeError: if `model` or `dataset` is of another kind.
-        ValueError: if an annotation is broken, no boxes are left, or two levels of the detector
+        TypeError: If `model` or `dataset` is of another kind.
+        ValueError: If an annotation is broken, no boxes are left, or two levels of the detector
             cannot be told apart (torchvision's MobileNet detectors).
 
     Examples:
@@ -113,7 +113,7 @@ def estimate_view(
 def _layouts(
     view: DetectorView, annotations: Annotations, min_size: int | None, enlarge: int
 ) -> tuple[list[AnchorLayout], Tensor, np.ndarray[Any, np.dtype[np.float32]]]:
-    """The different layouts, which of them each image has, and each image's scale (y, x)."""
+    """Returns the layouts, which of them each image has, and each image's scale (y, x)."""
     # Sizes repeat: work is per different size, and per different padded shape.
     key = annotations.sizes[:, 0] << 32 | annotations.sizes[:, 1]
     unique, first, size_of_image = np.unique(key, return_index=True, return_inverse=True)
@@ -137,7 +137,7 @@ def _layouts(
 
 
 def _resized(annotations: Annotations, scale: np.ndarray[Any, np.dtype[np.float32]]) -> Tensor:
-    """Boxes [G, 4] in pixels of the resized images."""
+    """Returns boxes [G, 4] in pixels of the resized images."""
     if (scale == 1).all():
         return torch.from_numpy(annotations.boxes)
     factors = torch.from_numpy(np.ascontiguousarray(scale[:, ::-1]).repeat(2, axis=0))

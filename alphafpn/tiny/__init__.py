@@ -1,4 +1,4 @@
-"""Tiny objects: the paper's detectors, evaluation, tiling and Scale Match (extra ``tiny``)."""
+"""Tiny objects: the paper's detectors, evaluation, tiling and Scale Match (extra `tiny`)."""
 
 from alphafpn.tiny._tile_files import read_tile
 from alphafpn.tiny.detectors import tiny_faster_rcnn, tiny_retinanet

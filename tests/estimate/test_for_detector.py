@@ -278,6 +278,9 @@ def test_crowded_images_and_what_was_left_out(tmp_path):
     assert (estimate.num_boxes, estimate.num_images) == (10, 2)
     assert estimate.clamp is None
     assert estimate_alpha_for(model, str(path), category_ids=[1]).counts == estimate.counts
+    del model.roi_heads.detections_per_img
+    estimate = estimate_alpha_for(model, path)
+    assert (estimate.num_crowded, estimate.detections_per_image) == (0, None)
 
 
 def test_corners_in_a_coco_file_are_warned_of(tmp_path):

@@ -20,11 +20,11 @@ class DetectorView:
     """What the statistics need of a torchvision detector, checked once.
 
     Attributes:
-        transform: the detector's own resize and padding.
-        generator: its anchor generator.
+        transform: The detector's own resize and padding.
+        generator: Its anchor generator.
         num_fused_levels: K of its pyramid.
-        is_fcos: whether levels follow regression ranges instead of IoU.
-        detections_per_image: the detector's cap on detections.
+        is_fcos: Whether levels follow regression ranges instead of IoU.
+        detections_per_image: The detector's cap on detections.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -63,7 +63,7 @@ class DetectorView:
 
     @property
     def min_sizes(self) -> tuple[int | None, ...]:
-        """The sizes that training chooses from; ``(None,)`` where there is no such choice."""
+        """Returns the sizes that training chooses from; `(None,)` where there is no such choice."""
         stock = _is_stock(self.transform, GeneralizedRCNNTransform, "forward")
         if not stock or not self.resizes or self.transform.fixed_size is not None:
             return (None,)
@@ -76,14 +76,14 @@ class DetectorView:
         return stock and not self._skips_resize
 
     def frame(self, size: Size, min_size: int | None = None) -> tuple[Size, Size]:
-        """Of an image of (height, width) after the resize, and of the batch that holds it alone.
+        """Computes (height, width) of a resized image, and of the batch that holds it alone.
 
         Args:
             size: (height, width) of the original image.
-            min_size: one of `min_sizes`; by default the last, as in evaluation.
+            min_size: One of `min_sizes`; by default the last, as in evaluation.
 
         Raises:
-            ValueError: if nothing is left of the resized image.
+            ValueError: If nothing is left of the resized image.
         """
         transform = self.transform
         if _is_stock(transform, GeneralizedRCNNTransform, "resize"):
@@ -109,7 +109,7 @@ class DetectorView:
         )
 
     def _run_transform(self, size: Size, min_size: int | None) -> tuple[Size, Size]:
-        """`frame` of a transform that is not torchvision's own, in the mode that it is in."""
+        """Computes `frame` of a transform that is not torchvision's, in the mode it is in."""
         transform = copy.copy(self.transform)
         if min_size is not None:
             transform.min_size = (min_size,)
@@ -130,7 +130,7 @@ class DetectorView:
     def anchor_grids(
         self, padded: Size
     ) -> tuple[list[Tensor], list[tuple[float, float]], list[Size], int, list[str]]:
-        """What an `AnchorLayout` consists of, on a batch of (height, width), in its order.
+        """Returns what an `AnchorLayout` consists of, on a batch of (height, width), in its order.
 
         Cell anchors [A, 4], strides (y, x) and grid sizes (rows, columns) per level; K; the names
         of the feature maps.
@@ -148,7 +148,7 @@ class DetectorView:
         return cells, strides, grids, self.num_fused_levels, names
 
     def feature_maps(self, padded: Size) -> list[tuple[str, Size]]:
-        """Name and (rows, columns) of each feature map.
+        """Returns name and (rows, columns) of each feature map.
 
         A convolutional backbone treats rows and columns alike, so one probe per length serves all
         shapes made of those lengths; the first oblong shape checks that this one does.
@@ -159,7 +159,7 @@ class DetectorView:
 
     @property
     def num_channels(self) -> int:
-        """Of the images."""
+        """Returns the channels of an image."""
         return len(getattr(self.transform, "image_mean", (0, 0, 0)))
 
     def _combine(self, padded: Size) -> list[tuple[str, Size]]:
@@ -191,7 +191,7 @@ class DetectorView:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside `torch.compile` and (Distributed)DataParallel."""
+    """Returns the module inside `torch.compile` and (Distributed)DataParallel."""
     while isinstance(module, nn.Module):
         inside = module._modules.get("_orig_mod")
         if inside is None and "transform" not in module._modules:
@@ -211,7 +211,7 @@ def _is_stock(module: nn.Module, stock: type[nn.Module], *methods: str) -> bool:
 
 
 def _copy(module: nn.Module, *, on_meta: bool) -> nn.Module:
-    """A copy in eval mode, on meta without data or with it; `module` stays as it is."""
+    """Copies a module in eval mode, on meta without data or with it; `module` stays as it is."""
     memo: dict[int, Any] = {}
     for part in module.modules():
         for name, value in vars(part).items():

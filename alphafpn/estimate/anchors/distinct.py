@@ -40,7 +40,7 @@ def _contains(fine: Tensor, coarse: Tensor) -> bool:
 
 
 def _message(where: str, fine: str, coarse: str) -> str:
-    """Why such levels are refused, for an error message."""
+    """Says why such levels are refused."""
     fine, coarse = fine.removeprefix("level "), coarse.removeprefix("level ")
     return (
         f"{where}: all anchors of level {coarse} also lie on level {fine}, so no box can be given "

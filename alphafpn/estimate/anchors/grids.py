@@ -17,7 +17,7 @@ class GridLevel(NamedTuple):
     """Anchors of one level: `cells` repeated at `stride` over `size` positions; (y, x) order.
 
     `anchors` are the anchors themselves, [size[0] * size[1] * len(cells), 4] in (row, column, cell)
-    order, where they are not exactly ``cell + index * stride`` in arithmetic of `dtype`.
+    order, where they are not exactly `cell + index * stride` in arithmetic of `dtype`.
     """
 
     cells: tuple[Cell, ...]
@@ -28,7 +28,7 @@ class GridLevel(NamedTuple):
 
 
 def recognise_grid(anchors: Tensor) -> GridLevel | None:
-    """The grid that anchors [N, 4] lie on, or None where they are no regular grid.
+    """Finds the grid that anchors [N, 4] lie on, or None where they are no regular grid.
 
     Expects torchvision's order: row by row, and within a position the cell anchors.
     """
@@ -48,7 +48,7 @@ def recognise_grid(anchors: Tensor) -> GridLevel | None:
 
 
 def _grid_of(anchors: Tensor, num_cells: int, slack: float) -> GridLevel | None:
-    """The grid with `num_cells` anchors at each position, if it is one within `slack` pixels."""
+    """Finds the grid with `num_cells` anchors at each position, if there is one within `slack`."""
     if len(anchors) % num_cells:
         return None
     tops = anchors[::num_cells, 1]

@@ -22,15 +22,15 @@ class AnchorLayout:
     """Cell anchors, repeated over the grid of each pyramid level. Finest level first.
 
     Args:
-        cell_anchors: per level, anchors [A, 4] (xyxy, pixels) of the grid position at the origin.
-        strides: per level, the distance between grid positions in pixels: a number or (y, x).
-        grid_sizes: per level, (rows, columns).
+        cell_anchors: Per level, anchors [A, 4] (xyxy, pixels) of the grid position at the origin.
+        strides: Per level, the distance between grid positions in pixels: a number or (y, x).
+        grid_sizes: Per level, (rows, columns).
         num_fused_levels: K, how many of the levels the pyramid fuses; the others are extra levels.
-        names: of the feature maps, where they have any.
+        names: Of the feature maps, where they have any.
 
     Raises:
-        TypeError: if a part has the wrong type.
-        ValueError: if the parts do not fit together; the message names the level.
+        TypeError: If a part has the wrong type.
+        ValueError: If the parts do not fit together; the message names the level.
 
     Examples:
         >>> import torch
@@ -69,18 +69,18 @@ class AnchorLayout:
 
     @classmethod
     def from_detector(cls, model: nn.Module, image_size: Size) -> AnchorLayout:
-        """The layout a torchvision detector has on one image, alone in its batch.
+        """Reads the layout that a torchvision detector has on one image, alone in its batch.
 
         No feature is computed: sizes come from a copy of the backbone on the meta device.
 
         Args:
-            model: a torchvision RetinaNet, FCOS, Faster, Mask or Keypoint R-CNN, or the like.
+            model: A torchvision RetinaNet, FCOS, Faster, Mask or Keypoint R-CNN, or the like.
             image_size: (height, width) of the image as given to the detector, in pixels. Of several
-                ``min_size`` the last one counts, as in evaluation.
+                `min_size` the last one counts, as in evaluation.
 
         Raises:
-            TypeError: if `model` has no feature pyramid with anchors on it.
-            ValueError: if the resized image would have no pixels.
+            TypeError: If `model` has no feature pyramid with anchors on it.
+            ValueError: If the resized image would have no pixels.
         """
         size = _whole_pair(image_size, "image_size: (height, width)")
         view = DetectorView(model)
@@ -93,12 +93,12 @@ class AnchorLayout:
         """Recognises the grid in plain tensors of anchors.
 
         Args:
-            levels: anchors [N_l, 4] (xyxy, pixels) per level, in torchvision's order: grid row by
+            levels: Anchors [N_l, 4] (xyxy, pixels) per level, in torchvision's order: grid row by
                 row, and within a position the cell anchors.
             num_fused_levels: K; by default all levels but one.
 
         Raises:
-            ValueError: if a level is no regular grid; the message names it.
+            ValueError: If a level is no regular grid; the message names it.
         """
         levels = [check_boxes(level, f"anchors of level {i}") for i, level in enumerate(levels)]
         grids = [recognise_grid(level) for level in levels]
@@ -124,7 +124,7 @@ class AnchorLayout:
 
     @property
     def level_names(self) -> tuple[str, ...]:
-        """P2, P3, ... where strides double from level to level, else the feature maps' names."""
+        """Names the levels: P2, P3, ... where strides double, else as the feature maps."""
         logs = [round(math.log2(max(level.stride))) for level in self._levels]
         exact = max(self._levels[0].stride) == 2.0 ** logs[0]
         if exact and logs == list(range(logs[0], logs[0] + len(logs))):
@@ -132,7 +132,7 @@ class AnchorLayout:
         return tuple(self.names or (f"level {i}" for i in range(len(logs))))
 
     def anchors(self) -> list[Tensor]:
-        """Anchors [N_l, 4] (xyxy, pixels) per level; their `cat` is what torchvision generates."""
+        """Lists anchors [N_l, 4] (xyxy, pixels) per level; their `cat` is torchvision's."""
         result = []
         for cells, level in zip(self.cell_anchors, self._levels, strict=True):
             if level.anchors is not None:
@@ -148,7 +148,7 @@ class AnchorLayout:
         return result
 
     def to(self, device: torch.device | str) -> AnchorLayout:
-        """The same layout with its tensors on `device`."""
+        """Returns the same layout with its tensors on `device`."""
         moved = copy.copy(self)
         cells = [cell.to(device) for cell in self.cell_anchors]
         object.__setattr__(moved, "cell_anchors", cells)
@@ -161,7 +161,7 @@ class AnchorLayout:
 
 
 def _stride(stride: Any, level: int) -> tuple[float, float]:
-    """`stride` as positive (y, x)."""
+    """Returns `stride` as positive (y, x)."""
     try:
         y, x = stride if isinstance(stride, Sequence) else (stride, stride)
         pair = float(y), float(x)
@@ -175,7 +175,7 @@ def _stride(stride: Any, level: int) -> tuple[float, float]:
 
 
 def _whole_pair(values: Any, what: str) -> tuple[int, int]:
-    """`values` as two ints from 1; `what` begins the error message."""
+    """Returns `values` as two ints from 1; `what` begins the error message."""
     try:
         first, second = (operator.index(n) for n in values)
     except (TypeError, ValueError):
@@ -186,12 +186,12 @@ def _whole_pair(values: Any, what: str) -> tuple[int, int]:
 
 
 def largest(layouts: Sequence[AnchorLayout]) -> AnchorLayout:
-    """The layout of the largest image. Small ones may have levels of a single position."""
+    """Returns the layout of the largest image. Small ones may have levels of a single position."""
     return max(layouts, key=lambda layout: math.prod(layout._levels[0].size))
 
 
 def describe(layouts: Sequence[AnchorLayout], num_levels: int) -> dict[str, Any]:
-    """What an estimate says of its anchors; without `layouts` they are irregular."""
+    """Returns what an estimate says of its anchors; without `layouts` they are irregular."""
     if not layouts:
         return {"level_names": tuple(f"level {i}" for i in range(num_levels))}
     strides = [[max(level.stride) for level in layout._levels] for layout in layouts]

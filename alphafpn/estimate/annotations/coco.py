@@ -56,7 +56,7 @@ class _Coco(msgspec.Struct):
 
 
 def decode(path: str | os.PathLike[str], name: str) -> _Coco:
-    """Decode a COCO file; the types hold the needed keys alone, so polygons are never built."""
+    """Decodes a COCO file; the types hold the needed keys alone, so polygons are never built."""
     data: mmap.mmap | bytes
     with open(path, "rb") as file:
         try:
@@ -89,7 +89,7 @@ def decode(path: str | os.PathLike[str], name: str) -> _Coco:
 
 
 def convert(coco: Any, name: str) -> _Coco:
-    """Convert the dicts that a pycocotools `COCO` holds."""
+    """Converts the dicts that a pycocotools `COCO` holds."""
     try:
         return msgspec.convert(coco.dataset, type=_Coco)
     except msgspec.ValidationError as error:
@@ -103,7 +103,7 @@ def _explain(error: Exception) -> str:
 
 
 def coco_selection(dataset: object) -> tuple[Any, list[int]] | None:
-    """Return the `COCO` object and the image ids of a `CocoDetection`, or of a `Subset` of one."""
+    """Returns the `COCO` object and the image ids of a `CocoDetection`, or of a `Subset` of one."""
     if isinstance(dataset, CocoDetection):
         return dataset.coco, dataset.ids
     if isinstance(dataset, Subset):
@@ -114,14 +114,14 @@ def coco_selection(dataset: object) -> tuple[Any, list[int]] | None:
 
 
 def categories(coco: _Coco) -> set[int]:
-    """Return the category ids that the file lists or uses."""
+    """Returns the category ids that the file lists or uses."""
     return {c.id for c in coco.categories} | {a.category_id for a in coco.annotations}
 
 
 def read_coco(
     coco: _Coco, image_ids: list[int] | None, name: str, wanted: set[int] | None
 ) -> Annotations:
-    """Turn decoded annotations into columns, for all images or for those of `image_ids`."""
+    """Turns decoded annotations into columns, for all images or for those of `image_ids`."""
     images, annotations = coco.images, coco.annotations
     if annotations and not images:
         raise ValueError(f"{name}: expected images, found an empty list")
@@ -165,7 +165,7 @@ def read_coco(
 
 
 def _xywh(annotations: list[_Annotation], name: str) -> npt.NDArray[np.float32]:
-    """Return the boxes as they are in the file, `[A, 4]`."""
+    """Returns the boxes as they are in the file, `[A, 4]`."""
     values = chain.from_iterable(map(attrgetter("bbox"), annotations))
     numbers = np.fromiter(values, np.float64, 4 * len(annotations))
     with np.errstate(over="ignore"):

@@ -17,7 +17,6 @@ SIZE = f"(height, width), two ints from 1 to {MAX_SIDE}"
 # Why a box is left out, by code; the first that holds counts, and 0 means that it is kept.
 _REASONS = ("", "other categories", "crowd", "ignore", "zero size", "outside the image")
 OTHER, CROWD, IGNORE, ZERO, OUTSIDE = range(1, 6)
-OTHER, CROWD, IGNORE, ZERO, OUTSIDE = range(1, 6)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +52,7 @@ class Annotations:
 
 
 def concatenate(parts: Sequence[Annotations]) -> Annotations:
-    """Put the images of all parts in a row, as if they had been read together."""
+    """Puts the images of all parts in a row, as if they had been read together."""
     left_out = {r: sum(part.left_out.get(r, 0) for part in parts) for r in _REASONS}
     return Annotations(
         sizes=np.concatenate([part.sizes for part in parts]),
@@ -70,7 +69,7 @@ def clip(
     counts: npt.NDArray[np.int64],
     reasons: npt.NDArray[np.int8],
 ) -> Annotations:
-    """Clip `xyxy` boxes to their images, in place, and drop those with a reason or without area."""
+    """Clips `xyxy` boxes to their images, in place; drops those with a reason or no area."""
     reasons[(reasons == 0) & ~_has_area(boxes)] = ZERO
     limits = np.repeat(np.tile(sizes[:, ::-1], 2).astype(np.float32), counts, axis=0)
     # Beyond what rounding in a labelling tool explains.

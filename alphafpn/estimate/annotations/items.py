@@ -28,7 +28,7 @@ _ITEM = "((height, width), boxes) or (image, target) with `boxes` in a target di
 
 
 def read_items(dataset: object, wanted: set[int] | None, progress: bool) -> Annotations:
-    """Turn the items of an iterable or of a map-style dataset into columns."""
+    """Turns the items of an iterable or of a map-style dataset into columns."""
     sizes, boxes, labels = [], [], []
     total = len(dataset) if isinstance(dataset, Sized) else None
     bar = tqdm(_items(dataset), total=total, unit="image", disable=not progress)
@@ -69,7 +69,7 @@ def _items(dataset: object) -> Iterator[object]:
 def _read_item(
     item: object, where: str
 ) -> tuple[tuple[int, int], npt.NDArray[np.float32], Mapping[Any, Any]]:
-    """Return size, `xyxy` boxes and target (empty where there is none) of an item."""
+    """Returns size, `xyxy` boxes and target (empty where there is none) of an item."""
     if not (isinstance(item, (tuple, list)) and len(item) == 2):
         raise TypeError(f"{where}: expected {_ITEM}, found {describe(item)}")
     image, target = item
@@ -115,7 +115,7 @@ def _size(value: Any, where: str) -> tuple[int, int]:
 
 
 def _boxes(value: Any, where: str) -> npt.NDArray[np.float32]:
-    """Return boxes as float32 `xyxy` `[n, 4]`."""
+    """Returns boxes as float32 `xyxy` `[n, 4]`."""
     array = _array(_xyxy(value, where), where)
     if array.size == 0 and array.ndim <= 2 and array.shape[-1] in (0, 4):
         return np.empty((0, 4), dtype=np.float32)

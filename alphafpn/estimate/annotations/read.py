@@ -32,7 +32,7 @@ from alphafpn.estimate.annotations.items import read_items
 def read_annotations(
     dataset: object, *, category_ids: Collection[int] | None = None, progress: bool = False
 ) -> Annotations:
-    """Read image sizes and boxes, opening no image where the annotations hold the sizes.
+    """Reads image sizes and boxes, opening no image where the annotations hold the sizes.
 
     Args:
         dataset: One of
@@ -90,7 +90,7 @@ def read_annotations(
 
 
 def _paths(dataset: object) -> list[str]:
-    """The paths that `dataset` is or holds; none where it is something else."""
+    """Returns the paths that `dataset` is or holds; none where it is something else."""
     if isinstance(dataset, (str, os.PathLike)):
         return [os.fsdecode(dataset)]
     if not (isinstance(dataset, Sequence) and dataset and _is_path(dataset[0])):
@@ -110,7 +110,7 @@ def _is_path(value: object) -> TypeGuard[str | os.PathLike[str]]:
 def _columns(
     coco: Any, image_ids: list[int] | None, name: str, wanted: set[int] | None, known: set[int]
 ) -> Annotations:
-    """Turn decoded annotations into columns, and add the categories that they have to `known`."""
+    """Turns decoded annotations into columns, and add the categories that they have to `known`."""
     if wanted is not None:
         known |= categories(coco)
     return read_coco(coco, image_ids, name, wanted)

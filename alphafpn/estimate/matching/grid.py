@@ -1,7 +1,7 @@
 """The kernel: which pyramid level holds the best-IoU anchor of each box.
 
 Pure tensors: nothing here knows a model, a file or a fusion factor. Two exact searches share one
-contract, ``boxes [G, 4] -> (level, IoU)``:
+contract, `boxes [G, 4] -> (level, IoU)`:
 
 - `GridMatcher`, for anchors that are one set of cell anchors repeated over a grid. For one anchor
   shape the overlap is a product of an x and a y part, and each falls with the distance between
@@ -36,7 +36,7 @@ CENTRE_DECIMALS = 4
 
 
 class _Axis:
-    """Stride and last index of one level along one axis: a number, or one per layout."""
+    """Holds stride and last index of a level along one axis: a number, or one per layout."""
 
     def __init__(self, strides: list[float], sizes: list[int], like: Tensor) -> None:
         self.strides, self.lasts = like.new_tensor(strides), like.new_tensor(sizes) - 1
@@ -44,7 +44,7 @@ class _Axis:
         self.last = sizes[0] - 1 if len(set(sizes)) == 1 else None
 
     def nearest(self, total: Tensor, centre: float, layout: Tensor, out: Tensor) -> Tensor:
-        """Index of the grid position nearest to boxes whose corners sum to `total`."""
+        """Computes the index of the grid position nearest to boxes whose corners sum to `total`."""
         if self.stride is not None:
             torch.mul(total, 0.5 / self.stride, out=out)
             if centre:
@@ -58,7 +58,7 @@ class _Axis:
         return torch.minimum(out.clamp_(min=0), self.lasts.index_select(0, layout), out=out)
 
     def relative(self, corners: Tensor, index: Tensor, layout: Tensor, out: Tensor) -> Tensor:
-        """Corners [2, B] relative to the grid position `index` [B], which is overwritten."""
+        """Moves corners [2, B] to the grid position `index` [B], which is overwritten."""
         if self.stride is not None and self.stride.is_integer():
             return torch.add(corners, index, alpha=-self.stride, out=out)
         # The product is rounded, so keep it out of fused operations: a box's result must not
@@ -68,15 +68,15 @@ class _Axis:
 
 
 class GridMatcher:
-    """Exact best level for anchors on regular grids, at a cost per shape instead of per anchor.
+    """Finds the exact best level for anchors on grids, at a cost per shape and not per anchor.
 
     Each box's result depends on this box alone, so sums of shards equal those of the whole.
 
     Args:
-        layouts: what images look like, each a list of levels, finest first. All have the same cell
+        layouts: What images look like, each a list of levels, finest first. All have the same cell
             anchors; strides and sizes may differ. Only a single one may hold stored anchors.
-        dtype: of the computation: float32 or float64, at least as wide as boxes and anchors.
-        device: where the boxes are.
+        dtype: Of the computation: float32 or float64, at least as wide as boxes and anchors.
+        device: Where the boxes are.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class GridMatcher:
         return margin.le(self.tolerance).nonzero().squeeze(1)
 
     def _level_value(self, level: int, layout: Tensor, s: _Workspace, out: Tensor) -> None:
-        """Best I / (A + a) of one level, which orders anchors as IoU does."""
+        """Computes the best I / (A + a) of one level, which orders anchors as IoU does."""
         axis_x, axis_y = self.axes[level]
         first = True
         for (centre_x, centre_y), shapes in self.groups[level]:
@@ -233,7 +233,7 @@ class GridMatcher:
         self.anchor_noise = 2 * 4 * 6 * e_anchor / shortest
 
     def _match_again(self, boxes: Tensor, layout: Tensor) -> tuple[Tensor, Tensor]:
-        """Best level from the anchors' corners, as `box_iou` computes it."""
+        """Finds the best level from the anchors' corners, as `box_iou` computes it."""
         levels = range(self.num_levels)
         ious = [self._best_iou(i, boxes, layout) for i in levels]
         if not self.exact:
@@ -258,7 +258,7 @@ class GridMatcher:
         return level, best
 
     def _best_iou(self, i: int, boxes: Tensor, layout: Tensor, *, wide: bool = False) -> Tensor:
-        """Best IoU with the anchors of level `i` that are nearest.
+        """Computes the best IoU with the anchors of level `i` that are nearest.
 
         Rounding may prefer a neighbour of the nearest one. With `wide`, all anchors that contain
         the box or lie in it are among them.
@@ -287,7 +287,7 @@ class GridMatcher:
         return best
 
     def _indices(self, i: int, d: int, boxes: Tensor, layout: Tensor, steps: Tensor) -> Tensor:
-        """Grid indices [B, steps, cells] so many `steps` from the nearest one."""
+        """Computes grid indices [B, steps, cells] so many `steps` from the nearest one."""
         cells, axis = self.cells[i], self.axes[i][d]
         stride, last = axis.strides[layout, None, None], axis.lasts[layout, None, None]
         total = boxes[:, d, None, None].to(self.dtype) + boxes[:, d + 2, None, None]
@@ -296,7 +296,7 @@ class GridMatcher:
         return torch.minimum(index.clamp_(min=0), last)
 
     def _corners(self, i: int, index: Sequence[Tensor], layout: Tensor) -> list[Tensor]:
-        """Columns of the anchors at `index` (x, y), in their own type."""
+        """Returns columns of the anchors at `index` (x, y), in their own type."""
         cells, stored, dtype = self.cells[i], self.stored[i], self.levels[i].dtype
         if stored is not None:
             position = index[1].long() * (self.levels[i].size[1]) + index[0].long()
@@ -313,7 +313,7 @@ _Group = tuple[tuple[float, float], list[tuple[float, list[Cell]]]]
 
 
 def _by_centre(cells: Sequence[Cell]) -> list[_Group]:
-    """Cell anchors by their common centre, and within one centre by area."""
+    """Groups cell anchors by their common centre, and within one centre by area."""
 
     def centre(cell: Cell) -> tuple[float, float]:
         x, y = (cell[0] + cell[2]) / 2, (cell[1] + cell[3]) / 2
@@ -329,7 +329,7 @@ def _by_centre(cells: Sequence[Cell]) -> list[_Group]:
 
 
 class _Workspace:
-    """Temporaries of the fast pass, allocated once; pairs hold the low and the high corners."""
+    """Holds temporaries of the fast pass, made once; pairs are the low and the high corners."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self._pairs = torch.empty(5, 2, size, dtype=dtype, device=device)
@@ -340,7 +340,7 @@ class _Workspace:
         return self._singles.shape[1]
 
     def first(self, size: int) -> _Workspace:
-        """The same memory, cut to `size` boxes."""
+        """Cuts the same memory to `size` boxes."""
         if size != self._size:
             self.pairs = self._pairs[..., :size]
             self.x, self.y, self.near_x, self.near_y, self.clamped = self.pairs.unbind(0)

@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 class RangeMatcher:
-    """FCOS: levels by regression range instead of IoU.
+    """Finds levels by regression range instead of IoU, as FCOS does.
 
     Half the longer side of a box lies between 4 and 8 times the size of its level's anchors; the
     finest level has no lower bound, the coarsest no upper one. Where ranges overlap the finest
     level takes the box, and between ranges no level does.
 
     Args:
-        sizes: of the anchors, in pixels, one per level; in FCOS each is twice the one before.
-        device: where the boxes are.
+        sizes: Of the anchors, in pixels, one per level; in FCOS each is twice the one before.
+        device: Where the boxes are.
     """
 
     def __init__(self, sizes: Sequence[float], device: torch.device) -> None:

@@ -19,7 +19,7 @@ class Matcher(Protocol):
     device: torch.device
 
     def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Level (int64 [B]) and IoU [B] of the best anchor of each box [B, 4] (xyxy).
+        """Finds level (int64 [B]) and IoU [B] of the best anchor of each box [B, 4] (xyxy).
 
         The level is the number of levels where a box overlaps no anchor. `layout` [B] tells which
         of the matcher's layouts each box lies on.
@@ -28,12 +28,12 @@ class Matcher(Protocol):
 
 
 class SearchMatcher:
-    """Exact best level for any anchors: every box-anchor pair, in blocks that stay in the cache.
+    """Finds the exact best level for any anchors: all pairs, in blocks that stay in the cache.
 
     Args:
-        levels: one tensor of anchors [N_l, 4] (xyxy) per level, finest first.
-        dtype: of the computation; `device` likewise.
-        device: where the boxes are.
+        levels: One tensor of anchors [N_l, 4] (xyxy) per level, finest first.
+        dtype: Of the computation; `device` likewise.
+        device: Where the boxes are.
     """
 
     def __init__(self, levels: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> None:
@@ -64,7 +64,7 @@ class SearchMatcher:
 
 
 def pair_iou(boxes: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
-    """IoU of boxes and anchors given as columns (x1, y1, x2, y2) that broadcast.
+    """Computes the IoU of boxes and anchors given as columns (x1, y1, x2, y2) that broadcast.
 
     Operation for operation `torchvision.ops.box_iou`, so equal to it in every bit, also where boxes
     and anchors are of different types.
@@ -78,5 +78,5 @@ def pair_iou(boxes: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
 
 
 def best_of(iou: Tensor) -> Tensor:
-    """Largest IoU in each row; 0 / 0, of a box and an anchor without area, is no overlap."""
+    """Takes the largest IoU in each row; 0 / 0, of a box and an anchor without area, is 0."""
     return iou.flatten(1).amax(1).nan_to_num_(nan=0.0)

@@ -26,25 +26,25 @@ class AlphaEstimate(LevelStatistics, Sequence[float]):
     edge from the second-finest level into the finest.
 
     Attributes:
-        counts: boxes whose best-IoU anchor is on each level. With several input sizes a box counts
+        counts: Boxes whose best-IoU anchor is on each level. With several input sizes a box counts
             once for each.
-        moments: sums over images of products of their counts, levels by levels.
-        level_names: finest level first.
+        moments: Sums over images of products of their counts, levels by levels.
+        level_names: Finest level first.
         num_fused_levels: K.
-        num_images: images, with or without boxes.
-        num_boxes: boxes, once each.
-        num_unmatched: boxes that overlap no anchor; in no level's count.
-        num_sizes: input sizes that each image was counted at.
+        num_images: Images, with or without boxes.
+        num_boxes: Boxes, once each.
+        num_unmatched: Boxes that overlap no anchor; in no level's count.
+        num_sizes: Input sizes that each image was counted at.
         clamp: (lower, upper) bound of the factors, or None.
-        iou_histogram: boxes by best IoU in hundredths; None where levels do not follow IoU.
-        iou_sums: per level, sum of best IoUs, in units of 2**-20.
-        size_sum: sum of sqrt(width * height) in pixels, in units of 2**-10.
-        strides: per level, in pixels, the largest over images; empty for irregular anchors.
-        anchors_per_cell: per level; empty for irregular anchors, or where images differ.
-        left_out: boxes of the data set that were not counted, by reason.
-        num_clipped: boxes that reached beyond their image by more than a pixel, and were clipped.
-        detections_per_image: the detector's cap, where known.
-        num_crowded: images with more boxes than that cap.
+        iou_histogram: Boxes by best IoU in hundredths; None where levels do not follow IoU.
+        iou_sums: Per level, sum of best IoUs, in units of 2**-20.
+        size_sum: Sum of sqrt(width * height) in pixels, in units of 2**-10.
+        strides: Per level, in pixels, the largest over images; empty for irregular anchors.
+        anchors_per_cell: Per level; empty for irregular anchors, or where images differ.
+        left_out: Boxes of the data set that were not counted, by reason.
+        num_clipped: Boxes that reached beyond their image by more than a pixel, and were clipped.
+        detections_per_image: The detector's cap, where known.
+        num_crowded: Images with more boxes than that cap.
 
     Examples:
         >>> from alphafpn import AnchorLayout, estimate_alpha
@@ -59,7 +59,7 @@ class AlphaEstimate(LevelStatistics, Sequence[float]):
     """
 
     def __repr__(self) -> str:
-        """Short; `summary` has the rest."""
+        """Shows the factors; `summary` has the rest."""
         name, values = ("ratios", self.ratios) if self.clamp is None else ("alpha", self.alpha)
         factors = ", ".join(f"{value:.4g}" for value in values)
         return (
@@ -78,11 +78,11 @@ class AlphaEstimate(LevelStatistics, Sequence[float]):
         return self.alpha[index]
 
     def merge(self, other: AlphaEstimate) -> AlphaEstimate:
-        """Both shards as if counted together.
+        """Adds two shards up as if counted together.
 
         Raises:
-            TypeError: if `other` is no AlphaEstimate.
-            ValueError: if they were counted on different levels or under different settings.
+            TypeError: If `other` is no AlphaEstimate.
+            ValueError: If they were counted on different levels or under different settings.
         """
         if not isinstance(other, AlphaEstimate):
             raise TypeError(f"an AlphaEstimate expected, found {type(other).__name__}")
@@ -113,7 +113,7 @@ class AlphaEstimate(LevelStatistics, Sequence[float]):
         return AlphaEstimate(**rest, **merged)
 
     def all_reduce(self) -> AlphaEstimate:
-        """The same over all processes of the default `torch.distributed` group.
+        """Adds up the shards of all processes of the default `torch.distributed` group.
 
         Every process gets the estimate of all shards together; a shard may be empty. Without an
         initialised process group there is one shard, this one.
@@ -129,7 +129,7 @@ class AlphaEstimate(LevelStatistics, Sequence[float]):
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as strict JSON: lists, and None for what is not finite."""
+        """Returns everything as strict JSON: lists, and None for what is not finite."""
         result = {name: _jsonable(value) for name, value in asdict(self).items()}
         result["ratios"] = _jsonable(self.ratios)
         try:
@@ -141,11 +141,11 @@ class AlphaEstimate(LevelStatistics, Sequence[float]):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AlphaEstimate:
-        """The inverse of `to_dict`; derived entries are computed anew.
+        """Reads what `to_dict` returned; derived entries are computed anew.
 
         Raises:
-            TypeError: if `data` is no dict.
-            ValueError: if an entry is missing or does not fit the others.
+            TypeError: If `data` is no dict.
+            ValueError: If an entry is missing or does not fit the others.
         """
         if not isinstance(data, dict):
             raise TypeError(f"a dict expected, found {type(data).__name__}")
@@ -176,20 +176,20 @@ class AlphaEstimate(LevelStatistics, Sequence[float]):
         return estimate
 
     def summary(self) -> str:
-        """The table a person reads: levels, objects, factors, and what to be wary of."""
+        """Returns the table a person reads: levels, objects, factors, and what to be wary of."""
         return report.summary(self)
 
     def plot(self, axes: Axes | None = None) -> Axes:
-        """Objects per level and the factors between them (needs the extra ``plot``).
+        """Draws objects per level and the factors between them (needs the extra `plot`).
 
         Args:
-            axes: matplotlib axes to draw on; new ones by default.
+            axes: Matplotlib axes to draw on; new ones by default.
         """
         return picture.plot(self, axes)
 
 
 def _add(x: Any, y: Any) -> Any:
-    """Sum of numbers, or of nested tuples of them element by element."""
+    """Adds numbers, or nested tuples of them element by element."""
     if isinstance(x, tuple):
         return tuple(_add(a, b) for a, b in zip(x, y, strict=True))
     return None if x is None else x + y

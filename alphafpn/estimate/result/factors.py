@@ -46,7 +46,7 @@ class LevelStatistics:
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """Raw Eq. 2: ``N[i+1] / N[i]``; the last numerator adds the extra levels.
+        """Returns raw Eq. 2: `N[i+1] / N[i]`; the last numerator adds the extra levels.
 
         0 / 0 is nan and x / 0 is inf.
         """
@@ -54,10 +54,10 @@ class LevelStatistics:
 
     @property
     def alpha(self) -> tuple[float, ...]:
-        """The factors: ratios within `clamp`; 1 where nothing was counted on either side.
+        """Returns the factors: ratios within `clamp`; 1 where nothing was counted on either side.
 
         Raises:
-            ValueError: without a clamp, where a level has no boxes to divide by.
+            ValueError: Without a clamp, where a level has no boxes to divide by.
         """
         if self.clamp is None:
             for i, (_, denominator) in enumerate(self._fractions()):
@@ -73,12 +73,12 @@ class LevelStatistics:
 
     @property
     def mean_size(self) -> float:
-        """Mean of sqrt(width * height) at the network's input, in pixels; nan without boxes."""
+        """Returns the mean sqrt(width * height) in pixels of the network's input, or nan."""
         return _ratio(self.size_sum * SIZE_UNIT, self.num_boxes * self.num_sizes)
 
     @property
     def mean_iou(self) -> tuple[float, ...]:
-        """Mean best IoU of the boxes on each level; nan where there are none."""
+        """Returns the mean best IoU of the boxes on each level; nan where there are none."""
         return tuple(
             _ratio(s * IOU_UNIT, n) for s, n in zip(self.iou_sums, self.counts, strict=True)
         )
@@ -86,13 +86,13 @@ class LevelStatistics:
     def confidence_interval(
         self, confidence_level: float = 0.95
     ) -> tuple[tuple[float, float], ...]:
-        """(low, high) for each raw ratio.
+        """Computes (low, high) for each raw ratio.
 
         Delta method for the logarithm of a ratio of sums, with images as the independent units.
         (0, inf) where a count is 0 or there are fewer than two images.
 
         Raises:
-            ValueError: if `confidence_level` is not between 0 and 1.
+            ValueError: If `confidence_level` is not between 0 and 1.
         """
         if not 0 < confidence_level < 1:
             raise ValueError(f"confidence_level: in (0, 1) expected, found {confidence_level}")
@@ -116,10 +116,10 @@ class LevelStatistics:
         return tuple(result)
 
     def recall(self, iou: float) -> float:
-        """Share of boxes whose best anchor reaches `iou` (in [0, 1], resolution 0.01).
+        """Returns the share of boxes whose best anchor reaches `iou` (in [0, 1], resolution 0.01).
 
         Raises:
-            ValueError: if `iou` is outside [0, 1], or levels do not follow IoU (FCOS).
+            ValueError: If `iou` is outside [0, 1], or levels do not follow IoU (FCOS).
         """
         if not 0 <= iou <= 1:
             raise ValueError(f"iou: in [0, 1] expected, found {iou}")
@@ -129,7 +129,7 @@ class LevelStatistics:
         return _ratio(reached, self.num_boxes * self.num_sizes)
 
     def _fractions(self) -> list[tuple[int, int]]:
-        """Numerator and denominator of each ratio (Algorithm 1, lines 12 to 17)."""
+        """Returns numerator and denominator of each ratio (Algorithm 1, lines 12 to 17)."""
         return [
             (sum(self.counts[i + 1 : self._numerator_end(i)]), self.counts[i])
             for i in range(self.num_fused_levels - 1)

@@ -1,4 +1,4 @@
-"""The picture of an `AlphaEstimate`; matplotlib is imported when it is drawn (extra ``plot``)."""
+"""The picture of an `AlphaEstimate`; matplotlib is imported when it is drawn (extra `plot`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def plot(estimate: LevelStatistics, axes: Axes | None = None) -> Axes:
-    """Objects per level as bars, and above each edge its factor and where it comes from."""
+    """Draws objects per level as bars, and above each edge its factor and where it comes from."""
     axes = new_axes() if axes is None else axes
     positions = range(len(estimate.counts))
     bars = axes.bar(positions, estimate.counts, color="#4c78a8", width=0.6)

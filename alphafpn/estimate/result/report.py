@@ -22,7 +22,7 @@ USUAL_BEYOND = 0.1
 
 
 def summary(estimate: LevelStatistics) -> str:
-    """Levels, objects, factors with their intervals, and warnings."""
+    """Lists levels, objects, factors with their intervals, and warnings."""
     lines = table(
         ("level", "stride", "anchors/cell", "objects", "share", "mean best IoU"),
         _level_rows(estimate),
@@ -35,7 +35,7 @@ def summary(estimate: LevelStatistics) -> str:
 
 
 def advice(estimate: LevelStatistics) -> list[str]:
-    """What to train with beside these factors: counts do not tell which ones are best."""
+    """Says what to train with beside these factors: counts do not tell which ones are best."""
     if estimate.num_boxes == 0:
         return []
     found = ["train with factors of 1 and of 0.5 as well: the counts do not tell which is best"]
@@ -49,7 +49,7 @@ def advice(estimate: LevelStatistics) -> list[str]:
 
 
 def warnings(estimate: LevelStatistics) -> list[str]:
-    """What speaks against trusting or using these factors."""
+    """Lists what speaks against trusting or using these factors."""
     found = []
     if estimate.num_boxes == 0:
         return ["no boxes were counted: all factors are 1"]
@@ -163,12 +163,12 @@ def _facts(estimate: LevelStatistics) -> list[str]:
 
 
 def factors(estimate: LevelStatistics) -> tuple[float, ...]:
-    """The factors, or the ratios where a missing clamp leaves them undefined."""
+    """Returns the factors, or the ratios where a missing clamp leaves them undefined."""
     return estimate.ratios if estimate.clamp is None else estimate.alpha
 
 
 def factor_origin(factor: float, ratio: float) -> str:
-    """Where a factor comes from that is not the ratio, for a person to read; else nothing."""
+    """Says where a factor comes from that is not the ratio; else nothing."""
     if math.isnan(ratio):
         return "no objects"
     return CLAMPED if factor != ratio else ""
@@ -183,7 +183,7 @@ def _pair(values: tuple[float, float]) -> str:
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """Columns as wide as their content; the first one to the left, the others to the right."""
+    """Aligns columns as wide as their content: the first one left, the others right."""
     widths = [max(len(row[c]) for row in [header, *rows]) for c in range(len(header))]
     return [
         "  ".join(

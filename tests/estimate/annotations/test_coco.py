@@ -215,6 +215,15 @@ class TestCocoFile:
         assert "\n" not in message
         assert len(message) < 500
 
+    def test_largest_numbers(self, tmp_path: Path) -> None:
+        largest = {"id": 2**63 - 1, "width": 2**24, "height": 2**24}
+        content = coco(images=[largest], annotations=[annotation(image_id=2**63 - 1)])
+        assert read_annotations(write(tmp_path, content)).sizes.tolist() == [[2**24, 2**24]]
+        for key, value in (("id", 2**63), ("width", 2**24 + 1), ("height", 2**24 + 1)):
+            content["images"] = [{**largest, key: value}]
+            with pytest.raises(ValueError, match=r"images\[0\]"):
+                read_annotations(write(tmp_path, content))
+
     def test_no_such_file(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
             read_annotations(tmp_path / "nowhere.json")
