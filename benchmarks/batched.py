@@ -29,7 +29,7 @@ class BatchedLoss:
         size: (height, width) of the images, multiples of 32.
     """
 
-    def __init__(self, model: RetinaNet, size: tuple[int, int]) -> None:
+    def __init__(self, model: RetinaNet, size: Sequence[int]) -> None:
         self.matcher = model.proposal_matcher
         self.weights = torch.tensor(model.box_coder.weights)
         device = next(model.parameters()).device
@@ -37,7 +37,7 @@ class BatchedLoss:
             training = model.training
             empty = torch.zeros(1, 3, *size, device=device)
             features = list(model.eval().backbone(empty).values())
-            images = ImageList(empty, [size])
+            images = ImageList(empty, [(size[0], size[1])])
             self.anchors: Tensor = model.anchor_generator(images, features)[0]
             model.train(training)
         self.weights = self.weights.to(device)
