@@ -244,6 +244,21 @@ TARGETS = (
         on="GPU",
         form="{:.4f}",
     ),
+    Target(
+        "Training step of the experiments, batched, over the loop",
+        "training/batched",
+        1.0,
+        why="Where the network itself takes nearly all of the time, little is left to gain.",
+    ),
+    Target(
+        "Training of the experiments: crops a second",
+        "training/",
+        1000,
+        field="crops_per_s",
+        least=True,
+        on="GPU",
+        form="{:,.0f}",
+    ),
     # The graph is stock, so what differs is noise: 1.00 to two digits.
     Target("Folded detector in inference, over stock", "inference/folded", 1.005, form="{:.3f}"),
 )

@@ -20,8 +20,11 @@ DETECTORS = (
     "librarcnn",
     "gridrcnn",
 )
+# Those whose losses are `tiny_retinanet`'s, and taken of a whole batch at once.
+BATCHED = ("retinanet", "retinanet_p3p7")
 BACKBONES = ("efficientnet_lite0", "resnet18", "resnet50", "small")
 PRECISIONS = ("32-true", "bf16-mixed")
+COMPILED = ("", "default", "reduce-overhead", "max-autotune")
 NAMED = ("s-alpha", "one", "three", "attention")
 _PATHS = ("train_json", "val_json", "images", "match_json", "weights", "init")
 
@@ -100,6 +103,9 @@ class Execution:
     accelerator: str = _option("auto", "Lightning's accelerator: cpu, gpu, auto")
     devices: int = _option(1, "number of devices; more than one trains with DDP")
     cache: str = _option("host", "where decoded images are kept", choices=("host", "device"))
+    compile: str = _option(
+        "", "mode of torch.compile for the network in training", choices=COMPILED
+    )
     checkpoint_every: int = _option(250, "steps between checkpoints")
     keep_weights: bool = _option(False, "keep the trained weights, as RUNS/KEY.pt")
     quiet: bool = _option(False, "no progress bar")

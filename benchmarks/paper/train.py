@@ -117,8 +117,7 @@ def prepare(config: Config, execution: Execution) -> tuple[Experiment, dict[str,
     train, val = splits(config, execution)
     detector = make_detector(config, num_classes=1 + len(train.categories))
     source = set_alpha(config, detector, train)
-    if config.precision == "bf16-mixed":
-        detector.to(memory_format=torch.channels_last)
+    detector.to(memory_format=torch.channels_last)
     resize = None
     if config.scale_match == "sm":
         resize = ScaleMatch(box_sizes(config.match_json))
@@ -126,7 +125,8 @@ def prepare(config: Config, execution: Execution) -> tuple[Experiment, dict[str,
         resize = MonotoneScaleMatch(box_sizes(train.coco), box_sizes(config.match_json))
     batches = Batches(train, config, resize)
     on_device = execution.cache == "device"
-    return Experiment(config, detector, batches, val, on_device=on_device), source
+    how = {"on_device": on_device, "compiled": execution.compile}
+    return Experiment(config, detector, batches, val, **how), source
 
 
 def _fit(

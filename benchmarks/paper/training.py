@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
 from itertools import repeat
 from typing import Any
 
 import lightning as L  # noqa: N812
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from alphafpn import alpha_parameters
 from alphafpn.tiny import cut_dataset, evaluate_tiny, merge_detections
-from benchmarks.paper.config import Config
+from benchmarks.batched import BatchedLoss, outputs
+from benchmarks.paper.config import BATCHED, Config
 from benchmarks.paper.data import Batches, Split
 
 _POINTS = 40  # of the loss curve
+_MULTIPLE = 32  # of whose pixels a batch's sides are
 _MOMENTUM, _DECAY = 0.9, 1e-4
 
 
@@ -29,6 +32,7 @@ class Experiment(L.LightningModule):
         batches: what to train on.
         val: what to judge on.
         on_device: whether images stay on the device, or each batch is sent there.
+        compiled: mode of `torch.compile` for the network in training; empty: not compiled.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class Experiment(L.LightningModule):
         val: Split,
         *,
         on_device: bool,
+        compiled: str = "",
     ) -> None:
         super().__init__()
         self.config = config
@@ -51,6 +56,10 @@ class Experiment(L.LightningModule):
         self.seconds = 0.0
         self.every = max(1, config.steps // _POINTS)
         self._losses: list[Tensor] = []
+        self._network: Callable[[Tensor], tuple[Tensor, Tensor]] = partial(outputs, detector)
+        if compiled:
+            self._network = torch.compile(self._network, mode=compiled, dynamic=False)
+        self._loss: BatchedLoss | None = None
         self._images: Tensor | None = None
         self._found: list[dict[str, Any]] = []
         self._hooks: list[Any] = []
@@ -97,11 +106,7 @@ class Experiment(L.LightningModule):
         images = self._open(self.batches.split)
         world, rank = self.trainer.world_size, self.trainer.global_rank
         pixels, boxes, labels = self.batches(images, step, rank, world)
-        counts = [len(part) for part in boxes]
-        where = self._send(torch.cat(boxes)).split(counts)
-        what = self._send(torch.cat(labels)).split(counts)
-        targets = [{"boxes": b, "labels": n} for b, n in zip(where, what, strict=True)]
-        losses = self.detector(self._floats(pixels), targets)
+        losses = self.losses(pixels, boxes, labels)
         loss: Tensor = torch.stack([part.float() for part in losses.values()]).sum()
         self._losses.append(loss.detach())
         if len(self._losses) == self.every:
@@ -113,6 +118,38 @@ class Experiment(L.LightningModule):
                 self.diverged_at = step
                 self.trainer.should_stop = True
         return loss
+
+    def losses(
+        self,
+        pixels: Tensor,
+        boxes: list[Tensor],
+        labels: list[Tensor],
+        *,
+        batched: bool = True,
+    ) -> dict[str, Tensor]:
+        """The losses of a batch.
+
+        Args:
+            pixels: uint8 [N, h, w, 3], on any device.
+            boxes: xyxy [G_i, 4] of each image, on the CPU.
+            labels: [G_i] of each image, on the CPU.
+            batched: match and judge all images at once, where the detector's losses are those of
+                `tiny_retinanet`.
+
+        Returns:
+            What the detector returns in training.
+        """
+        counts = [len(part) for part in boxes]
+        where = self._send(torch.cat(boxes)).split(counts)
+        what = self._send(torch.cat(labels)).split(counts)
+        if not batched or self.config.detector not in BATCHED:
+            targets = [{"boxes": b, "labels": n} for b, n in zip(where, what, strict=True)]
+            found: dict[str, Tensor] = self.detector(self._floats(pixels), targets)
+            return found
+        images = self._normalised(pixels)
+        if self._loss is None:
+            self._loss = BatchedLoss(self.detector, images.shape[-2:])
+        return self._loss(*self._network(images), self._loss.match(where), where, what)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what the record needs."""
@@ -223,6 +260,17 @@ class Experiment(L.LightningModule):
     def _floats(self, pixels: Tensor) -> Tensor:
         """Pixels [N, H, W, 3] as a detector takes them."""
         return self._send(pixels).permute(0, 3, 1, 2).float().div_(255)
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels [N, H, W, 3] as the detector's backbone takes them: also padded."""
+        transform = self.detector.transform
+        mean, deviation = (
+            torch.tensor(values, device=self.device).view(3, 1, 1)
+            for values in (transform.image_mean, transform.image_std)
+        )
+        images = self._floats(pixels).sub_(mean).div_(deviation)
+        missing = [-side % _MULTIPLE for side in images.shape[-2:]]
+        return F.pad(images, [0, missing[1], 0, missing[0]]) if any(missing) else images
 
 
 class _Endless:

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("lightning")
 
 from benchmarks.paper import results, sweep
-from benchmarks.paper.config import Config, Execution, add_options, from_options
+from benchmarks.paper.config import BATCHED, Config, Execution, add_options, from_options
 from benchmarks.paper.train import prepare, run
 from tests.paper.runs import options, start
 
@@ -81,6 +81,46 @@ def test_seeds_decide_weights_and_batches_and_factors_do_not(data, tmp_path):
     assert torch.equal(batch[0], same[0])
     assert not all(torch.equal(weights[name], third[name]) for name in weights)
     assert not torch.equal(batch[0], another[0])
+
+
+def losses_and_gradients(experiment, batched):
+    detector = experiment.detector.train()
+    trained = [p for p in detector.parameters() if p.requires_grad]
+    batch = experiment.batches(experiment.batches.split.open(), 1)
+    losses = experiment.losses(*batch, batched=batched)
+    return losses, torch.autograd.grad(sum(losses.values()), trained)
+
+
+@pytest.mark.parametrize("detector", BATCHED)
+@pytest.mark.parametrize("changes", [{}, {"crop": 0, "size": "120 170"}], ids=["crops", "padded"])
+def test_losses_of_a_batch_are_those_of_its_images(data, tmp_path, detector, changes):
+    config, execution = parsed(options(data, tmp_path, detector=detector, channels=16, **changes))
+    experiment, _ = prepare(config, execution)
+    expected, gradients = losses_and_gradients(experiment, batched=False)
+    assert min(loss.item() for loss in expected.values()) > 0
+    found, others = losses_and_gradients(experiment, batched=True)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for gradient, other in zip(gradients, others, strict=True):
+        close = {"rtol": 1e-3, "atol": 1e-5 * float(gradient.abs().max()) + 1e-9}
+        torch.testing.assert_close(other, gradient, **close)
+
+
+def test_a_compiled_network_trains_the_same(data, tmp_path, monkeypatch):
+    asked = []
+
+    def compile_without_inductor(function, **how):
+        asked.append(how)
+        return compiler(function, backend="aot_eager", dynamic=how["dynamic"])
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_without_inductor)
+    config, execution = parsed(options(data, tmp_path, compile="reduce-overhead"))
+    compiled = losses_and_gradients(prepare(config, execution)[0], batched=True)
+    plain = losses_and_gradients(
+        prepare(config, dataclasses.replace(execution, compile=""))[0], batched=True
+    )
+    assert asked == [{"mode": "reduce-overhead", "dynamic": False}]
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_the_first_function_is_that_of_the_start(data, tmp_path):
