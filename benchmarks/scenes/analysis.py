@@ -19,8 +19,13 @@ FIRST, RATES = "1 from S-alpha", "S-alpha from 1"
 # Train with 1 and look: where its drift is below 0, train again with .5.
 LOOK = "look first"
 EQUAL, BOTH = "1, equal laterals", "S-alpha, equal laterals"
+_REGIME = ("weights", "optimizer", "rate", "steps", "data")
 _RESAMPLES = 2000
-_WEIGHTS = {"scratch": "from scratch", "pretrained": "pretrained backbone"}
+_WEIGHTS = {
+    "scratch": "from scratch",
+    "pretrained": "pretrained backbone",
+    "imagenet": "ImageNet's backbone",
+}
 _OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 
 
@@ -29,8 +34,9 @@ class Group:
     """The runs of one data set under one regime, in percent, by kind of factors and seed.
 
     Attributes:
-        weights: `scratch` or `pretrained`.
+        weights: `scratch`, `pretrained` or `imagenet`.
         optimizer: `adamw` or `sgd`.
+        rate: Its highest.
         steps: Of the optimizer.
         data: Name of the data set.
         runs: Records by kind and seed.
@@ -38,6 +44,7 @@ class Group:
 
     weights: str
     optimizer: str
+    rate: float
     steps: int
     data: str
     runs: Mapping[str, Mapping[int, dict[str, Any]]]
@@ -45,7 +52,8 @@ class Group:
     @property
     def regime(self) -> str:
         """How it was trained, in words."""
-        return f"{_WEIGHTS[self.weights]}, {_OPTIMIZERS[self.optimizer]}, {self.steps} steps"
+        optimizer = f"{_OPTIMIZERS[self.optimizer]} at {self.rate:g}"
+        return f"{_WEIGHTS[self.weights]}, {optimizer}, {self.steps} steps"
 
     @property
     def measure(self) -> str:
@@ -148,10 +156,10 @@ CONFIRMING = 3
 
 def groups(records: Sequence[dict[str, Any]]) -> list[Group]:
     """Records by regime and data set, in the order in which they were first run."""
-    found: dict[tuple[str, str, int, str], dict[str, dict[int, dict[str, Any]]]] = defaultdict(dict)
+    found: dict[tuple[Any, ...], dict[str, dict[int, dict[str, Any]]]] = defaultdict(dict)
     for record in records:
         config = record["config"]
-        key = tuple(config[name] for name in ("weights", "optimizer", "steps", "data"))
+        key = tuple(config[name] for name in _REGIME)
         found[key].setdefault(kind_of(config), {})[config["seed"]] = record
     return [Group(*key, runs) for key, runs in found.items() if BASELINE in runs]
 

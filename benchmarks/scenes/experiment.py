@@ -41,7 +41,8 @@ class Config:
         alpha: Kind of factors, see `starts.factors`.
         start: Kind of factors whose function the first weights compute; empty: that of `alpha`.
         laterals: `equal`: laterals are brought to equal RMS before the first step.
-        weights: Of the backbone: `scratch` or `pretrained`.
+        weights: Of the backbone: `scratch`, `pretrained` on drawn scenes, or `imagenet`, which is
+            a larger one.
         optimizer: `adamw` or `sgd`.
         rate: The highest, after a tenth of the steps.
         steps: Of the optimizer.
@@ -69,8 +70,14 @@ def _data(name: str, seed: int) -> tuple[DataSet, Any, torch.Tensor, Any]:
     """A data set with its anchors' matches and S-alpha, which all runs of a seed share."""
     data = load(name, seed)
     model = detector(data.sizes, data.ratios, data.classes)
-    loss = BatchedLoss(model, tuple(data.images.shape[-2:]))  # type: ignore[arg-type]
+    loss = BatchedLoss(model, data.images.shape[-2:])
     return data, loss, loss.match(data.boxes), estimate_alpha_for(model, data.items())
+
+
+@functools.lru_cache(maxsize=1)
+def _maps(name: str, seed: int) -> torch.Tensor:
+    """C2 of a data set's images, which all runs from ImageNet's weights share."""
+    return starts.Lite().maps(_data(name, seed)[0].images)
 
 
 def run(config: Config, folder: Path) -> dict[str, Any]:
@@ -89,7 +96,9 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     model = detector(data.sizes, data.ratios, data.classes)
     if config.weights == "pretrained":
         starts.take_pretrained(model, starts.pretrained(folder))
-        model.to(memory_format=torch.channels_last)
+    elif config.weights == "imagenet":
+        starts.take_imagenet(model)
+    model.to(memory_format=torch.channels_last)
     alpha = starts.factors(config.alpha, estimate)
     start = starts.factors(config.start, estimate) if config.start else None
     some = data.images[:_LOOKED_AT]
@@ -106,9 +115,12 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
         cycle_momentum=False,
     )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    inputs = data.images
+    if config.weights == "imagenet":
+        inputs = _maps(config.data, config.seed)
     batches = rows(len(data.train), config.batch, config.seed)
     for step, batch in zip(range(config.steps), batches, strict=False):
-        logits, deltas = outputs(model, data.images[batch])
+        logits, deltas = outputs(model, inputs[batch])
         boxes, labels = ([part[row] for row in batch] for part in (data.boxes, data.labels))
         loss = sum(batched(logits, deltas, matched[batch], boxes, labels).values())
         losses.append(float(loss.detach()))  # type: ignore[union-attr]

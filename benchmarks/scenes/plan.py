@@ -33,23 +33,31 @@ CELLS = tuple(f"cells /{divisor} one class" for divisor in (4, 5, 6, 8, 10))
 THREE_CLASSES = ("cells /5", "cells /10")
 # The rate that did best with alpha = 1 in the pilots, whose seed is not among those of the runs.
 RATES = {
-    ("scratch", "adamw"): 6e-3,
-    ("pretrained", "adamw"): 4e-3,
-    ("scratch", "sgd"): 3e-2,
-    ("pretrained", "sgd"): 3e-2,
+    "drawn": {
+        ("scratch", "adamw"): 6e-3,
+        ("pretrained", "adamw"): 4e-3,
+        ("scratch", "sgd"): 3e-2,
+        ("pretrained", "sgd"): 3e-2,
+    },
+    "cells": {("scratch", "adamw"): 4e-3, ("scratch", "sgd"): 3e-2},
+    "people": {
+        ("scratch", "adamw"): 4e-3,
+        ("scratch", "sgd"): 1e-2,
+        ("imagenet", "adamw"): 2e-3,
+        ("imagenet", "sgd"): 3e-2,
+    },
 }
-_CELL_RATES = {"adamw": 4e-3, "sgd": 3e-2}
 _PEOPLE, _PEOPLE_STEPS = "people 160", 1600
-_PEOPLE_RATES = {"adamw": 4e-3, "sgd": 3e-2}
+_TOO_FAST = 3e-2  # for people with SGD: the pilots came after the first runs
 _PILOT_SEED = 100
 
 
 def _config(data: str, seed: int, weights: str, optimizer: str, *kind: str) -> Config:
-    cells = data.startswith("cells")
-    steps = 400 if weights == "scratch" and not cells else 300
-    rate = _CELL_RATES[optimizer] if cells else RATES[weights, optimizer]
-    if data == _PEOPLE:
-        steps, rate = _PEOPLE_STEPS, _PEOPLE_RATES[optimizer]
+    family = data.split()[0]
+    steps = {"cells": 300, "people": _PEOPLE_STEPS}.get(
+        family, 400 if weights == "scratch" else 300
+    )
+    rate = RATES.get(family, RATES["drawn"])[weights, optimizer]
     return Config(data, seed, *kind, weights=weights, optimizer=optimizer, rate=rate, steps=steps)
 
 
@@ -72,9 +80,19 @@ def _pilots() -> Iterator[Config]:
         for rate, data in itertools.product(rates, ("far .4/.4/.4", "near .4/.4/.4")):
             config = _config(data, _PILOT_SEED, weights, optimizer)
             yield dataclasses.replace(config, rate=rate)
-    for optimizer, rates in {"adamw": (2e-3, 4e-3, 6e-3), "sgd": (1e-2, 3e-2, 6e-2)}.items():
+    on_people = {
+        ("scratch", "adamw"): (2e-3, 4e-3, 6e-3),
+        ("scratch", "sgd"): (3e-3, 1e-2, 3e-2, 6e-2),
+        ("imagenet", "sgd"): (1e-2, 3e-2),
+        ("imagenet", "adamw"): (1e-3, 2e-3),
+    }
+    for (weights, optimizer), rates in on_people.items():
         for rate in rates:
-            config = _config(_PEOPLE, _PILOT_SEED, "scratch", optimizer)
+            config = _config(_PEOPLE, _PILOT_SEED, weights, optimizer)
+            yield dataclasses.replace(config, rate=rate)
+    for data, (optimizer, rates) in itertools.product((CELLS[1], CELLS[3]), trials.items()):
+        for rate in rates:
+            config = _config(data, _PILOT_SEED, "scratch", optimizer)
             yield dataclasses.replace(config, rate=rate)
 
 
@@ -101,6 +119,13 @@ def _longer(seed: int) -> Iterator[Config]:
         yield dataclasses.replace(config, steps=4 * config.steps)
 
 
+def _too_fast(seed: int) -> Iterator[Config]:
+    """SGD at a rate that is too large for alpha = 1, as a user may well choose it."""
+    kinds = (*_ON_PEOPLE, ("0.35",), CONTROLS[1])
+    for config in _part("scratch", "sgd", kinds, (_PEOPLE,))(seed):
+        yield dataclasses.replace(config, rate=_TOO_FAST)
+
+
 PARTS: dict[str, Callable[[int], Iterator[Config]]] = {
     "main": _part("scratch", "adamw", (*_ALL, *CONTROLS)),
     "unequal": _part("scratch", "adamw", _SOME, UNEQUAL),
@@ -111,11 +136,10 @@ PARTS: dict[str, Callable[[int], Iterator[Config]]] = {
     "pretrained-sgd": _part("pretrained", "sgd", _SOME),
     "people": _part("scratch", "adamw", _ON_PEOPLE[:5], (_PEOPLE,)),
     "people-more": _part("scratch", "adamw", _ON_PEOPLE[5:], (_PEOPLE,)),
-    "people-sgd": _part("scratch", "sgd", _ON_PEOPLE[:5], (_PEOPLE,)),
-    # Whether S-alpha's values, or only small ones, are what gained there.
-    "people-sgd-more": _part(
-        "scratch", "sgd", (("0",), ("0.2",), ("0.35",), CONTROLS[1]), (_PEOPLE,)
-    ),
+    "people-sgd": _part("scratch", "sgd", _ON_PEOPLE, (_PEOPLE,)),
+    "people-sgd-fast": _too_fast,
+    "people-imagenet-sgd": _part("imagenet", "sgd", _ON_PEOPLE[:5], (_PEOPLE,)),
+    "people-imagenet": _part("imagenet", "adamw", _ON_PEOPLE[:5], (_PEOPLE,)),
     "cells": _part("scratch", "adamw", _ON_CELLS, CELLS),
     "cells-sgd": _part("scratch", "sgd", (*_SOME, ("S-alpha unclamped",)), CELLS),
     "cells-classes": _part("scratch", "adamw", _SOME, THREE_CLASSES),

@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from alphafpn import AlphaEstimate, LearnableAlpha, fold_alpha, patch_detector
-from alphafpn.demo.detector import DEVIATION, MEAN, body
+from alphafpn.demo.detector import CHANNELS, DEVIATION, MEAN, body
 from alphafpn.demo.scenes import Family, draw
+from benchmarks.paper.models import LITE_FROZEN, LITE_TAPS, LITE_WIDTHS, lite0_body
 
 _SCENES, _STEPS, _BATCH, _SEED = 1600, 500, 16, 7_000_000
+_MAPS = 32  # images at once
 _SIZES = (9.6, 19.2, 38.4)  # figures below these sizes are counted
 
 
@@ -155,6 +159,44 @@ def take_pretrained(model: Any, weights: dict[str, Tensor]) -> None:
         frozen.get_submodule(name).requires_grad_(False)
     for name in list(model.backbone.body):
         model.backbone.body[name] = frozen.get_submodule(name)
+
+
+class Lite(nn.Module):
+    """EfficientNet-Lite0 with ImageNet weights; normalisation, C2 and what is before it stay.
+
+    As what stays is the same for all runs, `maps` may be computed once and given in place of
+    pixels.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        network = _frozen(lite0_body("default"))
+        # Pixels that the detector has normalised its way, as these weights know them: 2 x - 1.
+        pixels = FrozenBatchNorm2d(3, eps=0)
+        pixels.weight.fill_(2 * DEVIATION)
+        pixels.bias.fill_(2 * MEAN - 1)
+        parts = dict(network.named_children())
+        self.still = nn.Sequential(pixels, *(parts.pop(name) for name in LITE_FROZEN))
+        self.still.requires_grad_(False)
+        names = {tap: str(i) for i, tap in enumerate(LITE_TAPS[1:], 1)}
+        self.rest = IntermediateLayerGetter(nn.Sequential(OrderedDict(parts)), names)
+
+    @torch.no_grad()
+    def maps(self, images: Tensor) -> Tensor:
+        """C2 of normalised images [N, 3, H, W]: [N, 24, H / 4, W / 4]."""
+        return torch.cat([self.still(part) for part in images.split(_MAPS)])
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """C2 to C5, of normalised images or of their C2."""
+        finest = x if x.shape[1] == LITE_WIDTHS[0] else self.still(x)
+        return OrderedDict([("0", finest), *self.rest(finest).items()])
+
+
+def take_imagenet(model: Any) -> None:
+    """Gives the detector `Lite` and a pyramid on it."""
+    model.backbone.body = Lite()
+    pyramid = FeaturePyramidNetwork(list(LITE_WIDTHS), CHANNELS, LastLevelMaxPool())
+    model.backbone.fpn = pyramid
 
 
 def _frozen(module: nn.Module) -> nn.Module:

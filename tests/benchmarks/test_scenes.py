@@ -16,7 +16,7 @@ from scipy import stats
 pytest.importorskip("faster_coco_eval")
 
 from alphafpn import estimate_alpha_for, patch_detector
-from alphafpn.demo.detector import detector
+from alphafpn.demo.detector import DEVIATION, MEAN, detector
 from alphafpn.demo.scenes import FAR, SIDE, Family, draw
 from benchmarks.batched import outputs
 from benchmarks.paper import results
@@ -197,6 +197,23 @@ def test_pretrained_weights_are_frozen_as_planned(small, monkeypatch, tmp_path):
     torch.testing.assert_close(body.c4.conv1.weight, weights["c4.conv1.weight"])
 
 
+def test_what_stays_of_imagenets_backbone_may_be_computed_once(small):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    starts.take_imagenet(small)
+    body = small.backbone.body
+    maps = body.maps(images())
+    assert maps.shape == (2, 24, SIDE // 4, SIDE // 4)
+    assert not maps.requires_grad
+    for mine, theirs in zip(outputs(small, maps), outputs(small, images()), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in body.modules())
+    trained = {n.split(".")[1] for n, p in body.named_parameters() if p.requires_grad}
+    assert trained == {f"block{i}" for i in range(3, 16)}
+    # Its weights know pixels from -1 to 1.
+    pixels = body.still[0]((images() - MEAN) / DEVIATION)
+    torch.testing.assert_close(pixels, 2 * images() - 1)
+
+
 # --- runs ---
 
 
@@ -287,6 +304,15 @@ def test_peaks_regrets_and_differences():
     assert group.regret("0.5") == pytest.approx(0, abs=0.5)
     assert group.regret("1") == pytest.approx(5, abs=0.5)
     assert np.mean(group.against("0.5")) == pytest.approx(5, abs=0.5)
+
+
+def test_runs_at_another_rate_are_another_regime():
+    slow, fast = family("near .2/.2/.2", 0.0), family("near .2/.2/.2", 1.0)
+    for entry in fast:
+        entry["config"]["rate"] = 0.03
+    found = analysis.groups([*slow, *fast])
+    assert [group.peak for group in found] == [0.0, 1.0]
+    assert len({group.regime for group in found}) == 2
 
 
 def test_a_run_that_diverged_counts_as_nothing_found():
