@@ -43,8 +43,8 @@ RATES = {
     "people": {
         ("scratch", "adamw"): 4e-3,
         ("scratch", "sgd"): 1e-2,
-        ("imagenet", "adamw"): 2e-3,
-        ("imagenet", "sgd"): 3e-2,
+        ("imagenet", "adamw"): 1e-3,
+        ("imagenet", "sgd"): 5e-3,
     },
 }
 _PEOPLE, _PEOPLE_STEPS = "people 160", 1600
@@ -83,7 +83,7 @@ def _pilots() -> Iterator[Config]:
     on_people = {
         ("scratch", "adamw"): (2e-3, 4e-3, 6e-3),
         ("scratch", "sgd"): (3e-3, 1e-2, 3e-2, 6e-2),
-        ("imagenet", "sgd"): (1e-2, 3e-2),
+        ("imagenet", "sgd"): (5e-3, 1e-2, 3e-2),
         ("imagenet", "adamw"): (1e-3, 2e-3),
     }
     for (weights, optimizer), rates in on_people.items():
@@ -110,6 +110,7 @@ _ON_PEOPLE = (
     ("0",),
     ("0.2",),
 )
+_PAPERS = (("1",), ("S-alpha",), ("0.5",), CONTROLS[0])
 _LONG = (*((alpha,) for alpha in ("1", "S-alpha", "0.5", "0")), CONTROLS[0])
 
 
@@ -138,8 +139,8 @@ PARTS: dict[str, Callable[[int], Iterator[Config]]] = {
     "people-more": _part("scratch", "adamw", _ON_PEOPLE[5:], (_PEOPLE,)),
     "people-sgd": _part("scratch", "sgd", _ON_PEOPLE, (_PEOPLE,)),
     "people-sgd-fast": _too_fast,
-    "people-imagenet-sgd": _part("imagenet", "sgd", _ON_PEOPLE[:5], (_PEOPLE,)),
-    "people-imagenet": _part("imagenet", "adamw", _ON_PEOPLE[:5], (_PEOPLE,)),
+    "people-imagenet-sgd": _part("imagenet", "sgd", _PAPERS, (_PEOPLE,)),
+    "people-imagenet": _part("imagenet", "adamw", _PAPERS, (_PEOPLE,)),
     "cells": _part("scratch", "adamw", _ON_CELLS, CELLS),
     "cells-sgd": _part("scratch", "sgd", (*_SOME, ("S-alpha unclamped",)), CELLS),
     "cells-classes": _part("scratch", "adamw", _SOME, THREE_CLASSES),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,14 @@ from benchmarks.scenes.analysis import (
 
 _BEGIN, _END = "<!-- scenes: begin -->", "<!-- scenes: end -->"
 _RULES = ("0", "0.2", "0.5", BASELINE, ESTIMATED, HALF, FIRST, LOOK)
+# Data sets by the beginning of their names, and what pictures call them.
+_FAMILIES = {
+    "near": "drawn, near",
+    "far": "drawn, far",
+    "cells": "blood cells",
+    "people": "TinyPerson",
+}
+_ON_PEOPLE = ("0", "0.2", "0.35", "0.5", "0.7", ESTIMATED, FIRST)
 _SMALL = "0.2"  # the constant that all data sets and regimes have, beside 0 and 1
 _FEWEST = 3  # seeds, for a kind to be shown
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
@@ -63,30 +72,35 @@ def write(records: Sequence[dict[str, Any]], page: Path) -> None:
     )
     images = page.parent / "images"
     drift(found, images / "scenes-drift.svg")
+    rules(found, images / "scenes-rules.svg")
     parts = [
         "![AP50 at alpha = .2 against alpha = 1, by how the forward share changed while alpha = 1 "
         "was trained](images/scenes-drift.svg)",
         follows(records),
+        "![How far each rule is below the best constant, mean and worst data set]"
+        "(images/scenes-rules.svg)",
+        regrets(found),
     ]
-    if drawn:
-        curves(drawn, images / "scenes-curves.svg")
-        rules(drawn, images / "scenes-rules.svg")
-        parts += [
-            "![AP50_tiny against alpha = 1, by constant factor, for near and far scenes]"
-            "(images/scenes-curves.svg)",
-            "![How far each rule is below the best constant, mean and worst data set]"
-            "(images/scenes-rules.svg)",
-            peaks(drawn),
-            regrets(drawn),
-        ]
+    if people:
+        on_people(people, images / "scenes-people.svg")
+        parts.append(
+            "![AP50 of TinyPerson's people against alpha = 1, in each regime]"
+            "(images/scenes-people.svg)"
+        )
     if cells:
         on_cells(cells, images / "scenes-cells.svg")
         parts.append(
             "![AP50 of blood cells against alpha = 1 at each size](images/scenes-cells.svg)"
         )
-        parts.append(peaks(cells))
-    if people:
-        parts.append(peaks(people))
+    if drawn:
+        curves(drawn, images / "scenes-curves.svg")
+        parts.append(
+            "![AP50_tiny against alpha = 1, by constant factor, for near and far scenes]"
+            "(images/scenes-curves.svg)"
+        )
+    for name, part in {"drawn scenes": drawn, "blood cells": cells, "TinyPerson": people}.items():
+        if part:
+            parts.append(_fold(f"where the peak is: {name}", peaks(part)))
     parts += [_folded(regime, part) for regime, part in _by_regime(found)]
     text = "\n\n".join(parts)
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", "utf-8")
@@ -120,10 +134,8 @@ def _folded(regime: str, part: Sequence[Group]) -> str:
     head = f"{regime}: {count} runs, {seeds[0]}"
     head += f" to {seeds[-1]} seeds" if len(seeds) > 1 else " seeds"
     lines = [
-        f'??? note "{head}"',
-        "",
-        "    | factors | " + " | ".join(group.data for group in part) + " |",
-        "    |" + "---|" * (len(part) + 1),
+        "| factors | " + " | ".join(group.data for group in part) + " |",
+        "|" + "---|" * (len(part) + 1),
     ]
     for kind in kinds:
         cells = []
@@ -136,7 +148,7 @@ def _folded(regime: str, part: Sequence[Group]) -> str:
                 cells.append(_shown(difference) + "\\*" * verdicts.get((group.data, kind), False))
             else:
                 cells.append("")
-        lines.append(f"    | {name_of(kind)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name_of(kind)} | " + " | ".join(cells) + " |")
     smallest = [
         mean_of(group.against(kind)).detectable
         for group in part
@@ -146,14 +158,19 @@ def _folded(regime: str, part: Sequence[Group]) -> str:
     measures = " and ".join(sorted({group.measure for group in part}))
     lines += [
         "",
-        f"    {measures} in percent: of the baseline, and differences to it of the same seed with "
+        f"{measures} in percent: of the baseline, and differences to it of the same seed with "
         "95 % t-intervals. \\*: below 0.05 after Holm's correction for all comparisons of this "
         f"table. In the median, {np.median(smallest):.1f} points or more would be found in four of "
         "five experiments."
         if smallest
         else "",
     ]
-    return "\n".join(lines).rstrip()
+    return _fold(head, "\n".join(lines).rstrip())
+
+
+def _fold(head: str, text: str) -> str:
+    """A block that opens on a click."""
+    return f'??? note "{head}"\n\n' + textwrap.indent(text, "    ")
 
 
 def _verdicts(part: Sequence[Group], kinds: Sequence[str]) -> dict[tuple[str, str], bool]:
@@ -241,13 +258,7 @@ def _drift(group: Group) -> float:
 def drift(found: Sequence[Group], path: Path) -> None:
     """What a small factor gains, by where a training with 1 took the top-down path."""
     figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
-    families = {
-        "near": "drawn, near",
-        "far": "drawn, far",
-        "cells": "blood cells",
-        "people": "TinyPerson",
-    }
-    for (family, label), colour in zip(families.items(), _COLOURS, strict=False):
+    for (family, label), colour in zip(_FAMILIES.items(), _COLOURS, strict=False):
         part = [g for g in found if g.data.startswith(family) and len(g.against(_SMALL)) >= _FEWEST]
         gains = [mean_of(group.against(_SMALL)) for group in part]
         axes.errorbar(
@@ -267,24 +278,28 @@ def drift(found: Sequence[Group], path: Path) -> None:
 
 def regrets(found: Sequence[Group]) -> str:
     """What each rule of thumb costs against the best constant of the data set."""
-    shown = [group for group in found if len(group.values(BASELINE)) >= _FEWEST]
-    families = {
-        "near": [group for group in shown if group.data.startswith("near")],
-        "far": [group for group in shown if group.data.startswith("far")],
-    }
-    lines = ["| rule | near: mean | near: worst | far: mean | far: worst |", "|---" * 5 + "|"]
+    families = _shown_by_family(found)
+    heads = " | ".join(f"{name}: mean | {name}: worst" for name in families)
+    lines = [f"| rule | {heads} |", "|---" * (1 + 2 * len(families)) + "|"]
     for kind in _RULES:
         cells = [name_of(kind)]
         for part in families.values():
             values = [group.regret(kind) for group in part if group.values(kind)]
             cells += [f"{np.mean(values):.1f}", f"{max(values):.1f}"] if values else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
+    counts = ", ".join(f"{len(part)} ({name})" for name, part in families.items())
     lines += [
         "",
-        "Points of AP50_tiny below the best constant, which is chosen on the other seeds, over "
-        f"{len(families['near'])} and {len(families['far'])} data sets and regimes.",
+        "Points of AP50 below the best constant, which is chosen on the other seeds. Data sets and "
+        f"regimes: {counts}.",
     ]
     return "\n".join(lines)
+
+
+def _shown_by_family(found: Sequence[Group]) -> dict[str, list[Group]]:
+    shown = [group for group in found if len(group.values(BASELINE)) >= _FEWEST]
+    parts = {f: [group for group in shown if group.data.startswith(f)] for f in _FAMILIES}
+    return {family: part for family, part in parts.items() if part}
 
 
 def curves(found: Sequence[Group], path: Path) -> None:
@@ -333,19 +348,55 @@ def _curve(axes: Any, group: Group, index: int, count: int) -> None:
 
 def rules(found: Sequence[Group], path: Path) -> None:
     """Regret of each rule: a dot for each data set, a bar at the mean."""
-    shown = [group for group in found if len(group.values(BASELINE)) >= _FEWEST]
-    figure, both = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
-    for axes, family in zip(both, ("near", "far"), strict=True):
-        part = [group for group in shown if group.data.startswith(family)]
+    families = _shown_by_family(found)
+    figure, grid = pyplot.subplots(
+        1, len(families), figsize=(3.1 * len(families), 3.6), layout="constrained", sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    for axes, (family, part) in zip(grid[0], families.items(), strict=True):
         for place, kind in enumerate(reversed(_RULES)):
             values = [group.regret(kind) for group in part if group.values(kind)]
             axes.plot(values, [place] * len(values), "o", color=_COLOURS[0], alpha=0.5, ms=5)
             if values:
                 axes.plot(np.mean(values), place, "|", color="black", ms=18, mew=2)
         axes.axvline(0, color="black", lw=0.8)
-        axes.set_title(f"{family}: each dot a data set, the bar their mean", fontsize=10)
-        axes.set_xlabel("points of AP50_tiny below the best constant")
-    both[0].set_yticks(range(len(_RULES)), [name_of(kind) for kind in reversed(_RULES)])
+        axes.set_title(_FAMILIES[family], fontsize=10)
+        axes.set_xlabel("points below the best")
+    grid[0][0].set_yticks(range(len(_RULES)), [name_of(kind) for kind in reversed(_RULES)])
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def on_people(found: Sequence[Group], path: Path) -> None:
+    """Differences to alpha = 1 on real people, a panel for each regime."""
+    part = [group for group in found if len(group.values(BASELINE)) >= _FEWEST]
+    kinds = [k for k in _ON_PEOPLE if any(len(group.against(k)) > 1 for group in part)]
+    figure, grid = pyplot.subplots(
+        1, len(part), figsize=(2.9 * len(part), 3.4), layout="constrained", sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    for axes, group in zip(grid[0], part, strict=True):
+        shown = [(i, group.against(k)) for i, k in enumerate(reversed(kinds))]
+        for place, values in shown:
+            if len(values) > 1:
+                mean = mean_of(values)
+                axes.plot(values, [place] * len(values), "o", color=_COLOURS[0], alpha=0.3, ms=4)
+                axes.errorbar(
+                    mean.mean,
+                    place,
+                    xerr=mean.half,
+                    fmt="|",
+                    color="black",
+                    ms=12,
+                    mew=2,
+                    capsize=3,
+                )
+        axes.axvline(0, color="black", lw=0.8)
+        baseline = np.mean(list(group.values(BASELINE).values()))
+        title = group.regime.replace(", ", "\n", 1)
+        axes.set_title(f"{title}\nalpha = 1: {baseline:.1f}", fontsize=9)
+        axes.set_xlabel("AP50_tiny against 1")
+    grid[0][0].set_yticks(range(len(kinds)), [name_of(kind) for kind in reversed(kinds)])
     figure.savefig(path)
     pyplot.close(figure)
 
