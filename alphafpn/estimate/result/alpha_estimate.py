@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, overload
@@ -130,14 +129,15 @@ class AlphaEstimate(LevelStatistics, Sequence[float]):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as strict JSON: lists, and None for what is not finite."""
-        result = {name: _jsonable(value) for name, value in asdict(self).items()}
-        result["ratios"] = _jsonable(self.ratios)
+        result = asdict(self)
+        result["ratios"] = self.ratios
         try:
-            result["alpha"] = list(self.alpha)
+            result["alpha"] = self.alpha
         except ValueError:
             result["alpha"] = None
-        result["confidence_interval"] = _jsonable(self.confidence_interval())
-        return result
+        result["confidence_interval"] = self.confidence_interval()
+        # msgspec writes null for what is not finite.
+        return msgspec.json.decode(msgspec.json.encode(result), type=dict[str, Any])
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AlphaEstimate:
@@ -193,11 +193,3 @@ def _add(x: Any, y: Any) -> Any:
     if isinstance(x, tuple):
         return tuple(_add(a, b) for a, b in zip(x, y, strict=True))
     return None if x is None else x + y
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return [_jsonable(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
