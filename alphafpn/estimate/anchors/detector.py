@@ -25,6 +25,7 @@ class DetectorView:
         num_fused_levels: K of its pyramid.
         is_fcos: Whether levels follow regression ranges instead of IoU.
         detections_per_image: The detector's cap on detections.
+        num_channels: Of an image.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,6 +52,7 @@ class DetectorView:
         if not pyramids:
             raise TypeError(f"no FeaturePyramidNetwork in the backbone of {name}")
         self.transform: Any = copy.copy(transform)
+        self.num_channels = len(getattr(transform, "image_mean", (0, 0, 0)))
         self.generator = generator
         self.num_fused_levels = len(pyramids[0].inner_blocks)
         self.is_fcos = isinstance(model, FCOS)
@@ -156,11 +158,6 @@ class DetectorView:
         if self._separable is None and padded[0] != padded[1]:
             self._separable = self._probe(padded) == self._combine(padded)
         return self._probe(padded) if self._separable is False else self._combine(padded)
-
-    @property
-    def num_channels(self) -> int:
-        """Returns the channels of an image."""
-        return len(getattr(self.transform, "image_mean", (0, 0, 0)))
 
     def _combine(self, padded: Size) -> list[tuple[str, Size]]:
         for length in padded:
