@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, overload
 
 import msgspec
@@ -106,10 +107,7 @@ class AlphaEstimate(LevelStatistics, Sequence[float]):
             "num_unmatched", "size_sum", "num_clipped", "num_crowded",
         ):  # fmt: skip
             merged[name] = _add(getattr(self, name), getattr(other, name))
-        rest: dict[str, Any] = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in merged
-        }
-        return AlphaEstimate(**rest, **merged)
+        return replace(self, **merged)
 
     def all_reduce(self) -> AlphaEstimate:
         """Adds up the shards of all processes of the default `torch.distributed` group.
@@ -120,12 +118,9 @@ class AlphaEstimate(LevelStatistics, Sequence[float]):
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return self
-        shards: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(shards, self.to_dict())
-        result = AlphaEstimate.from_dict(shards[0])
-        for shard in shards[1:]:
-            result = result.merge(AlphaEstimate.from_dict(shard))
-        return result
+        shards = [self] * distributed.get_world_size()
+        distributed.all_gather_object(shards, self)
+        return functools.reduce(AlphaEstimate.merge, shards)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as strict JSON: lists, and None for what is not finite."""
