@@ -26,6 +26,10 @@ class GridLevel(NamedTuple):
     dtype: torch.dtype = torch.float32
     anchors: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> GridLevel:
+        """Returns the same level with stored anchors on `device`."""
+        return self if self.anchors is None else self._replace(anchors=self.anchors.to(device))
+
 
 def recognise_grid(anchors: Tensor) -> GridLevel | None:
     """Finds the grid that anchors [N, 4] lie on, or None where they are no regular grid.

@@ -145,11 +145,7 @@ class AnchorLayout:
         moved = copy.copy(self)
         cells = [cell.to(device) for cell in self.cell_anchors]
         object.__setattr__(moved, "cell_anchors", cells)
-        levels = tuple(
-            level if level.anchors is None else level._replace(anchors=level.anchors.to(device))
-            for level in self._levels
-        )
-        object.__setattr__(moved, "_levels", levels)
+        object.__setattr__(moved, "_levels", tuple(level.to(device) for level in self._levels))
         return moved
 
 

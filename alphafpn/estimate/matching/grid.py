@@ -82,7 +82,7 @@ class GridMatcher:
     def __init__(
         self, layouts: Sequence[Sequence[GridLevel]], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.levels = layouts[0]
+        self.levels = [level.to(device) for level in layouts[0]]
         self.num_levels = len(self.levels)
         self.dtype, self.device = dtype, device
         like = torch.empty(0, dtype=dtype, device=device)
@@ -97,9 +97,6 @@ class GridMatcher:
         ]
         self.groups = [_by_centre(level.cells) for level in self.levels]
         self.cells = [like.new_tensor(level.cells) for level in self.levels]
-        self.stored = [
-            None if level.anchors is None else level.anchors.to(device) for level in self.levels
-        ]
         # The level's code takes the lowest mantissa bits: the finest level has the largest code,
         # so a maximum over levels prefers it among equals.
         self.code_bits = max(1, (self.num_levels - 1).bit_length())
@@ -297,16 +294,16 @@ class GridMatcher:
 
     def _corners(self, i: int, index: Sequence[Tensor], layout: Tensor) -> list[Tensor]:
         """Returns columns of the anchors at `index` (x, y), in their own type."""
-        cells, stored, dtype = self.cells[i], self.stored[i], self.levels[i].dtype
-        if stored is not None:
-            position = index[1].long() * (self.levels[i].size[1]) + index[0].long()
+        cells, level = self.cells[i], self.levels[i]
+        if level.anchors is not None:
+            position = index[1].long() * level.size[1] + index[0].long()
             cell = torch.arange(len(cells), device=self.device)
-            return list(stored[position * len(cells) + cell].unbind(-1))
+            return list(level.anchors[position * len(cells) + cell].unbind(-1))
         shifts = [
-            index[d].to(dtype) * self.axes[i][d].strides[layout, None, None].to(dtype)
+            index[d].to(level.dtype) * self.axes[i][d].strides[layout, None, None].to(level.dtype)
             for d in (0, 1)
         ]
-        return [shift + cells[:, k].to(dtype) for k, shift in enumerate(shifts * 2)]
+        return [shift + cells[:, k].to(level.dtype) for k, shift in enumerate(shifts * 2)]
 
 
 _Group = tuple[tuple[float, float], list[tuple[float, list[Cell]]]]
