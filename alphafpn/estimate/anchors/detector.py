@@ -138,15 +138,13 @@ class DetectorView:
         of the feature maps.
         """
         maps = self.feature_maps(padded)
+        names, grids = [name for name, _ in maps], [size for _, size in maps]
         cells = [cell.float() for cell in self.generator.cell_anchors]
         if len(cells) != len(maps):
             raise ValueError(
-                f"{len(maps)} feature maps {[name for name, _ in maps]}, but cell anchors for "
-                f"{len(cells)} levels"
+                f"{len(maps)} feature maps {names}, but cell anchors for {len(cells)} levels"
             )
-        grids = [size for _, size in maps]
         strides = [(float(padded[0] // h), float(padded[1] // w)) for h, w in grids]
-        names = [name for name, _ in maps]
         return cells, strides, grids, self.num_fused_levels, names
 
     def feature_maps(self, padded: Size) -> list[tuple[str, Size]]:
