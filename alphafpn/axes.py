@@ -15,11 +15,8 @@ def new_axes() -> Axes:
         ImportError: Without matplotlib; the message names the extra.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('plotting needs matplotlib: pip install "alphafpn[plot]"') from error
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes: Axes = figure.add_subplot()
+    axes: Axes = Figure(figsize=(6, 3.6), layout="constrained").add_subplot()
     return axes

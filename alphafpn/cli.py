@@ -230,10 +230,8 @@ def _picture_kind(path: Path) -> str:
 
 def _save_plot(estimate: AlphaEstimate, path: Path, kind: str) -> None:
     """Writes the picture whole or not at all."""
-    figure = estimate.plot().get_figure(root=True)
-    assert figure is not None
     picture = io.BytesIO()
-    figure.savefig(picture, format=kind, dpi=150)
+    estimate.plot().figure.canvas.print_figure(picture, format=kind, dpi=150)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

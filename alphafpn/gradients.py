@@ -241,13 +241,9 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 def _unwrapped(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            break
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        inner = "module" if isinstance(model, DistributedDataParallel) else "_orig_mod"
+        model = model.get_submodule(inner)
     for module in model.modules():
         for cls in type(module).__mro__:
             if cls.__name__ in ("ScriptModule", "FullyShardedDataParallel", "FSDPModule"):

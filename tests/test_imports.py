@@ -34,7 +34,6 @@ LAYERS = [
     "alphafpn.estimate.result.report",
     "alphafpn.estimate.result.picture",
     "alphafpn.estimate.result.alpha_estimate",
-    "alphafpn.estimate.result.comparison",
     "alphafpn.estimate.counting",
     "alphafpn.estimate.for_anchors",
     "alphafpn.estimate.for_detector",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from alphafpn.estimate.anchors.distinct import check_distinct, check_distinct_tensors
+from alphafpn.estimate.anchors.distinct import check_distinct
 from alphafpn.estimate.anchors.grids import recognise_grid
 from alphafpn.estimate.anchors.layout import AnchorLayout, describe
 from alphafpn.estimate.checks import check_boxes, check_clamp, check_num_fused_levels
@@ -70,7 +71,7 @@ def estimate_alpha(
     description = describe(layouts if len(layouts) == len(kinds) else [], num_levels)
     device = images[0].device if images else torch.device("cpu")
     all_sizes = torch.tensor([b.shape[0] for b in images], dtype=torch.int64, device="cpu")
-    result: AlphaEstimate | None = None
+    estimates = []
     for family in _families(kinds):
         members = np.flatnonzero(np.isin(kind_of_image, family))
         chosen, sizes = images, all_sizes
@@ -83,10 +84,8 @@ def estimate_alpha(
             layout = torch.from_numpy(np.searchsorted(family, kind_of_image[members]))
         blocks = _blocks(chosen, sizes, name, members)
         counts = count_levels(matcher, blocks, sizes, num_levels, layout)
-        estimate = counts.estimate(num_fused_levels, clamp, int(sizes.sum()), **description)
-        result = estimate if result is None else result.merge(estimate)
-    assert result is not None
-    return result
+        estimates.append(counts.estimate(num_fused_levels, clamp, int(sizes.sum()), **description))
+    return functools.reduce(AlphaEstimate.merge, estimates)
 
 
 def _blocks(
@@ -198,12 +197,11 @@ def _checked(
         if len(level) == 0:
             raise ValueError(f"{where}[{i}]: at least one anchor expected, found none")
     grids = [grid for level in levels if (grid := recognise_grid(level)) is not None]
-    if len(grids) < len(levels):
-        check_distinct_tensors(levels, where)
-        return levels
-    layout = AnchorLayout._from_grids(grids, levels, num_fused_levels)
-    check_distinct(layout, where)
-    return layout
+    checked: AnchorLayout | Levels = levels
+    if len(grids) == len(levels):
+        checked = AnchorLayout._from_grids(grids, levels, num_fused_levels)
+    check_distinct(checked, where)
+    return checked
 
 
 def _families(kinds: Sequence[AnchorLayout | Levels]) -> list[list[int]]:

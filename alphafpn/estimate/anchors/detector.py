@@ -25,6 +25,7 @@ class DetectorView:
         num_fused_levels: K of its pyramid.
         is_fcos: Whether levels follow regression ranges instead of IoU.
         detections_per_image: The detector's cap on detections.
+        num_channels: Of an image.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,6 +52,7 @@ class DetectorView:
         if not pyramids:
             raise TypeError(f"no FeaturePyramidNetwork in the backbone of {name}")
         self.transform: Any = copy.copy(transform)
+        self.num_channels = len(getattr(transform, "image_mean", (0, 0, 0)))
         self.generator = generator
         self.num_fused_levels = len(pyramids[0].inner_blocks)
         self.is_fcos = isinstance(model, FCOS)
@@ -136,15 +138,13 @@ class DetectorView:
         of the feature maps.
         """
         maps = self.feature_maps(padded)
+        names, grids = [name for name, _ in maps], [size for _, size in maps]
         cells = [cell.float() for cell in self.generator.cell_anchors]
         if len(cells) != len(maps):
             raise ValueError(
-                f"{len(maps)} feature maps {[name for name, _ in maps]}, but cell anchors for "
-                f"{len(cells)} levels"
+                f"{len(maps)} feature maps {names}, but cell anchors for {len(cells)} levels"
             )
-        grids = [size for _, size in maps]
         strides = [(float(padded[0] // h), float(padded[1] // w)) for h, w in grids]
-        names = [name for name, _ in maps]
         return cells, strides, grids, self.num_fused_levels, names
 
     def feature_maps(self, padded: Size) -> list[tuple[str, Size]]:
@@ -156,11 +156,6 @@ class DetectorView:
         if self._separable is None and padded[0] != padded[1]:
             self._separable = self._probe(padded) == self._combine(padded)
         return self._probe(padded) if self._separable is False else self._combine(padded)
-
-    @property
-    def num_channels(self) -> int:
-        """Returns the channels of an image."""
-        return len(getattr(self.transform, "image_mean", (0, 0, 0)))
 
     def _combine(self, padded: Size) -> list[tuple[str, Size]]:
         for length in padded:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,22 +12,23 @@ from alphafpn.estimate.anchors.grids import Cell, GridLevel
 from alphafpn.estimate.anchors.layout import AnchorLayout
 
 
-def check_distinct(layout: AnchorLayout, where: str) -> None:
+def check_distinct(anchors: AnchorLayout | Sequence[Tensor], where: str) -> None:
     """Raises ValueError if all anchors of a level also lie on a finer one."""
-    levels = layout._levels
-    for coarse in range(1, len(levels)):
-        for fine in range(coarse):
-            if all(_lies_on(cell, levels[coarse], levels[fine]) for cell in levels[coarse].cells):
-                names = layout.level_names
-                raise ValueError(_message(where, names[fine], names[coarse]))
-
-
-def check_distinct_tensors(levels: Sequence[Tensor], where: str) -> None:
-    """Raises ValueError if all of a level's anchors [N_l, 4] are also those of a finer one."""
-    for coarse in range(1, len(levels)):
-        for fine in range(coarse):
-            if _contains(levels[fine], levels[coarse]):
-                raise ValueError(_message(where, str(fine), str(coarse)))
+    if isinstance(anchors, AnchorLayout):
+        levels: Sequence[Any] = anchors._levels
+        names = [name.removeprefix("level ") for name in anchors.level_names]
+        contains: Callable[[Any, Any], bool] = _grid_contains
+    else:
+        levels, names, contains = anchors, [str(i) for i in range(len(anchors))], _contains
+    for coarse, fine in ((c, f) for c in range(len(levels)) for f in range(c)):
+        if contains(levels[fine], levels[coarse]):
+            raise ValueError(
+                f"{where}: all anchors of level {names[coarse]} also lie on level {names[fine]}, "
+                "so no box can be given to one of them by its best IoU. (torchvision's "
+                "AnchorGenerator returns one tensor per image, not per level: see "
+                "AnchorLayout.from_detector. Its MobileNet detectors have such levels by design; "
+                "patch them with factors of your choice.)"
+            )
 
 
 def _contains(fine: Tensor, coarse: Tensor) -> bool:
@@ -39,15 +41,9 @@ def _contains(fine: Tensor, coarse: Tensor) -> bool:
     return len(torch.cat([fine, coarse]).unique(dim=0)) == len(fine)
 
 
-def _message(where: str, fine: str, coarse: str) -> str:
-    """Says why such levels are refused."""
-    fine, coarse = fine.removeprefix("level "), coarse.removeprefix("level ")
-    return (
-        f"{where}: all anchors of level {coarse} also lie on level {fine}, so no box can be given "
-        "to one of them by its best IoU. (torchvision's AnchorGenerator returns one tensor per "
-        "image, not per level: see AnchorLayout.from_detector. Its MobileNet detectors have such "
-        "levels by design; patch them with factors of your choice.)"
-    )
+def _grid_contains(fine: GridLevel, coarse: GridLevel) -> bool:
+    """Whether every anchor of `coarse` is an anchor of `fine`."""
+    return all(_lies_on(cell, coarse, fine) for cell in coarse.cells)
 
 
 def _lies_on(cell: Cell, coarse: GridLevel, fine: GridLevel) -> bool:
@@ -63,7 +59,9 @@ def _lies_on(cell: Cell, coarse: GridLevel, fine: GridLevel) -> bool:
 
 
 def _steps_fit(offset: float, coarse: GridLevel, fine: GridLevel, d: int) -> bool:
-    for k in {0, 1, coarse.size[d] - 1} - ({1} if coarse.size[d] == 1 else set()):
+    """Whether positions of `coarse` along axis `d`, moved by `offset`, are positions of `fine`."""
+    last = coarse.size[d] - 1
+    for k in {0, min(1, last), last}:
         position = (offset + k * coarse.stride[d]) / fine.stride[d]
         index = round(position)
         if abs(position - index) > 1e-4 or not 0 <= index < fine.size[d]:

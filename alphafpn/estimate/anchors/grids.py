@@ -26,6 +26,10 @@ class GridLevel(NamedTuple):
     dtype: torch.dtype = torch.float32
     anchors: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> GridLevel:
+        """Returns the same level with stored anchors on `device`."""
+        return self if self.anchors is None else self._replace(anchors=self.anchors.to(device))
+
 
 def recognise_grid(anchors: Tensor) -> GridLevel | None:
     """Finds the grid that anchors [N, 4] lie on, or None where they are no regular grid.
@@ -59,7 +63,7 @@ def _grid_of(anchors: Tensor, num_cells: int, slack: float) -> GridLevel | None:
     grid = anchors.view(-1, columns, num_cells, 4)
     size = len(grid), columns
     cells = grid[0, 0]
-    strides, shifts = [], []
+    strides = []
     for d, last in enumerate((grid[-1, 0, 0, 1], grid[0, -1, 0, 0])):
         steps = size[d] - 1
         step = float(last - cells[0, 1 - d]) / steps if steps else 1.0
@@ -69,24 +73,22 @@ def _grid_of(anchors: Tensor, num_cells: int, slack: float) -> GridLevel | None:
         if step <= 0:
             return None
         strides.append(step)
-        shifts.append(torch.arange(size[d], device=anchors.device, dtype=anchors.dtype) * step)
-    shift_y, shift_x = shifts[0][:, None, None], shifts[1][:, None]
-    error = torch.stack(
-        [
-            (cells[:, k] + shift - grid[..., k]).abs().max()
-            for k, shift in enumerate((shift_x, shift_y) * 2)
-        ]
-    )
-    worst = float(error.max())
+    stride = strides[0], strides[1]
+    worst = float((on_grid(cells, stride, size) - grid).abs().max())
     if worst > slack:
         return None
-    return GridLevel(
-        as_tuples(cells),
-        (strides[0], strides[1]),
-        size,
-        anchors.dtype,
-        anchors if worst > 0 else None,
+    stored = anchors if worst > 0 else None
+    return GridLevel(as_tuples(cells), stride, size, anchors.dtype, stored)
+
+
+def on_grid(cells: Tensor, stride: tuple[float, float], size: tuple[int, int]) -> Tensor:
+    """Repeats cell anchors [A, 4] over a grid, in their dtype: anchors [rows, columns, A, 4]."""
+    y, x = (
+        torch.arange(n, dtype=cells.dtype, device=cells.device) * s
+        for n, s in zip(size, stride, strict=True)
     )
+    shift_y, shift_x = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack([shift_x, shift_y, shift_x, shift_y], dim=-1)[:, :, None] + cells
 
 
 def as_tuples(cells: Tensor) -> tuple[Cell, ...]:

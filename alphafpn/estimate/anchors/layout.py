@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from alphafpn.estimate.anchors.detector import DetectorView, Size
-from alphafpn.estimate.anchors.grids import GridLevel, as_tuples, recognise_grid
+from alphafpn.estimate.anchors.grids import GridLevel, as_tuples, on_grid, recognise_grid
 from alphafpn.estimate.checks import check_boxes, check_num_fused_levels
 
 
@@ -133,30 +133,19 @@ class AnchorLayout:
 
     def anchors(self) -> list[Tensor]:
         """Lists anchors [N_l, 4] (xyxy, pixels) per level; their `cat` is torchvision's."""
-        result = []
-        for cells, level in zip(self.cell_anchors, self._levels, strict=True):
-            if level.anchors is not None:
-                result.append(level.anchors)
-                continue
-            y, x = (
-                torch.arange(n, dtype=cells.dtype, device=cells.device) * s
-                for n, s in zip(level.size, level.stride, strict=True)
-            )
-            shift_y, shift_x = torch.meshgrid(y, x, indexing="ij")
-            shifts = torch.stack([shift_x, shift_y, shift_x, shift_y], dim=-1).view(-1, 1, 4)
-            result.append((shifts + cells).reshape(-1, 4))
-        return result
+        return [
+            on_grid(cells, level.stride, level.size).view(-1, 4)
+            if level.anchors is None
+            else level.anchors
+            for cells, level in zip(self.cell_anchors, self._levels, strict=True)
+        ]
 
     def to(self, device: torch.device | str) -> AnchorLayout:
         """Returns the same layout with its tensors on `device`."""
         moved = copy.copy(self)
         cells = [cell.to(device) for cell in self.cell_anchors]
         object.__setattr__(moved, "cell_anchors", cells)
-        levels = tuple(
-            level if level.anchors is None else level._replace(anchors=level.anchors.to(device))
-            for level in self._levels
-        )
-        object.__setattr__(moved, "_levels", levels)
+        object.__setattr__(moved, "_levels", tuple(level.to(device) for level in self._levels))
         return moved
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 import reprlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,20 +86,6 @@ def clip(
 
 def _has_area(boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-
-
-def category_set(category_ids: Collection[int]) -> set[int]:
-    """Returns the ids as a set of ints.
-
-    Raises:
-        TypeError: If they are none.
-    """
-    try:
-        return {operator.index(category) for category in category_ids}
-    except TypeError:
-        raise TypeError(
-            f"category_ids: expected a collection of ints, found {describe(category_ids)}"
-        ) from None
 
 
 def check_categories(wanted: set[int], known: set[int], name: str) -> None:

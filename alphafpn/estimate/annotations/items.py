@@ -81,7 +81,8 @@ def _read_item(
             " of torchvision have them after torchvision.datasets.wrap_dataset_for_transforms_v2)"
         )
     boxes = target["boxes"]
-    sizes = [_size(size, where) for size in (_image_size(image), _canvas_size(boxes)) if size]
+    found = _image_size(image), boxes.canvas_size if isinstance(boxes, BoundingBoxes) else None
+    sizes = [_size(size, where) for size in found if size]
     if not sizes:
         raise TypeError(f"{where}: expected a PIL image or a tensor, found {describe(image)}")
     if sizes[0] != sizes[-1]:
@@ -98,10 +99,6 @@ def _image_size(image: Any) -> tuple[int, ...] | None:
     if hasattr(image, "height") and hasattr(image, "width"):
         return image.height, image.width
     return None
-
-
-def _canvas_size(boxes: object) -> tuple[int, ...] | None:
-    return boxes.canvas_size if isinstance(boxes, BoundingBoxes) else None
 
 
 def _size(value: Any, where: str) -> tuple[int, int]:

@@ -7,6 +7,7 @@ so that the boxes are those a detector would be trained on, to the last bit.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -21,7 +22,6 @@ from alphafpn.estimate.annotations.coco import (
 )
 from alphafpn.estimate.annotations.columns import (
     Annotations,
-    category_set,
     check_categories,
     concatenate,
     describe,
@@ -64,7 +64,12 @@ def read_annotations(
             and what was expected), a category is unknown, or no boxes are left.
         OSError: If the file cannot be read.
     """
-    wanted = None if category_ids is None else category_set(category_ids)
+    try:
+        wanted = None if category_ids is None else set(map(operator.index, category_ids))
+    except TypeError:
+        raise TypeError(
+            f"category_ids: expected a collection of ints, found {describe(category_ids)}"
+        ) from None
     known: set[int] = set()
     if paths := _paths(dataset):
         name = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"

@@ -82,7 +82,7 @@ class GridMatcher:
     def __init__(
         self, layouts: Sequence[Sequence[GridLevel]], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.levels = layouts[0]
+        self.levels = [level.to(device) for level in layouts[0]]
         self.num_levels = len(self.levels)
         self.dtype, self.device = dtype, device
         like = torch.empty(0, dtype=dtype, device=device)
@@ -97,13 +97,10 @@ class GridMatcher:
         ]
         self.groups = [_by_centre(level.cells) for level in self.levels]
         self.cells = [like.new_tensor(level.cells) for level in self.levels]
-        self.stored = [
-            None if level.anchors is None else level.anchors.to(device) for level in self.levels
-        ]
         # The level's code takes the lowest mantissa bits: the finest level has the largest code,
         # so a maximum over levels prefers it among equals.
         self.code_bits = max(1, (self.num_levels - 1).bit_length())
-        self._space = _Workspace(0, dtype, device)
+        self._memory = like.new_empty(_Workspace.ROWS, 0)
         self._bound_errors([level for layout in layouts for level in layout])
 
     def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -133,9 +130,9 @@ class GridMatcher:
         """
         # Kept from call to call: memory that was given back is mapped again page by page, which
         # costs as much as a good part of the arithmetic.
-        if len(self._space) < len(boxes):
-            self._space = _Workspace(len(boxes), self.dtype, self.device)
-        s = self._space.first(len(boxes))
+        if self._memory.shape[1] < len(boxes):
+            self._memory = self._memory.new_empty(_Workspace.ROWS, len(boxes))
+        s = _Workspace(self._memory[:, : len(boxes)])
         for d in range(2):
             s.x[d].copy_(boxes[:, 2 * d])
             s.y[d].copy_(boxes[:, 2 * d + 1])
@@ -297,16 +294,16 @@ class GridMatcher:
 
     def _corners(self, i: int, index: Sequence[Tensor], layout: Tensor) -> list[Tensor]:
         """Returns columns of the anchors at `index` (x, y), in their own type."""
-        cells, stored, dtype = self.cells[i], self.stored[i], self.levels[i].dtype
-        if stored is not None:
-            position = index[1].long() * (self.levels[i].size[1]) + index[0].long()
+        cells, level = self.cells[i], self.levels[i]
+        if level.anchors is not None:
+            position = index[1].long() * level.size[1] + index[0].long()
             cell = torch.arange(len(cells), device=self.device)
-            return list(stored[position * len(cells) + cell].unbind(-1))
+            return list(level.anchors[position * len(cells) + cell].unbind(-1))
         shifts = [
-            index[d].to(dtype) * self.axes[i][d].strides[layout, None, None].to(dtype)
+            index[d].to(level.dtype) * self.axes[i][d].strides[layout, None, None].to(level.dtype)
             for d in (0, 1)
         ]
-        return [shift + cells[:, k].to(dtype) for k, shift in enumerate(shifts * 2)]
+        return [shift + cells[:, k].to(level.dtype) for k, shift in enumerate(shifts * 2)]
 
 
 _Group = tuple[tuple[float, float], list[tuple[float, list[Cell]]]]
@@ -329,25 +326,14 @@ def _by_centre(cells: Sequence[Cell]) -> list[_Group]:
 
 
 class _Workspace:
-    """Holds temporaries of the fast pass, made once; pairs are the low and the high corners."""
+    """Names the temporaries of the fast pass, rows of `memory`; pairs are low and high corners."""
 
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._pairs = torch.empty(5, 2, size, dtype=dtype, device=device)
-        self._singles = torch.empty(9, size, dtype=dtype, device=device)
-        self._size = -1
+    ROWS = 19
 
-    def __len__(self) -> int:
-        return self._singles.shape[1]
-
-    def first(self, size: int) -> _Workspace:
-        """Cuts the same memory to `size` boxes."""
-        if size != self._size:
-            self.pairs = self._pairs[..., :size]
-            self.x, self.y, self.near_x, self.near_y, self.clamped = self.pairs.unbind(0)
-            self.clamped_low, self.clamped_high = self.clamped.unbind(0)
-            (
-                self.total_x, self.total_y, self.area, self.best, self.second,
-                self.value, self.overlap, self.other, self.index,
-            ) = self._singles[:, :size].unbind(0)  # fmt: skip
-            self._size = size
-        return self
+    def __init__(self, memory: Tensor) -> None:
+        self.x, self.y, self.near_x, self.near_y, self.clamped = memory[:10].unflatten(0, (5, 2))
+        self.clamped_low, self.clamped_high = self.clamped
+        (
+            self.total_x, self.total_y, self.area, self.best, self.second,
+            self.value, self.overlap, self.other, self.index,
+        ) = memory[10:]  # fmt: skip

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, overload
 
 import msgspec
@@ -107,10 +107,7 @@ class AlphaEstimate(LevelStatistics, Sequence[float]):
             "num_unmatched", "size_sum", "num_clipped", "num_crowded",
         ):  # fmt: skip
             merged[name] = _add(getattr(self, name), getattr(other, name))
-        rest: dict[str, Any] = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in merged
-        }
-        return AlphaEstimate(**rest, **merged)
+        return replace(self, **merged)
 
     def all_reduce(self) -> AlphaEstimate:
         """Adds up the shards of all processes of the default `torch.distributed` group.
@@ -121,23 +118,21 @@ class AlphaEstimate(LevelStatistics, Sequence[float]):
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return self
-        shards: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(shards, self.to_dict())
-        result = AlphaEstimate.from_dict(shards[0])
-        for shard in shards[1:]:
-            result = result.merge(AlphaEstimate.from_dict(shard))
-        return result
+        shards = [self] * distributed.get_world_size()
+        distributed.all_gather_object(shards, self)
+        return functools.reduce(AlphaEstimate.merge, shards)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as strict JSON: lists, and None for what is not finite."""
-        result = {name: _jsonable(value) for name, value in asdict(self).items()}
-        result["ratios"] = _jsonable(self.ratios)
+        result = asdict(self)
+        result["ratios"] = self.ratios
         try:
-            result["alpha"] = list(self.alpha)
+            result["alpha"] = self.alpha
         except ValueError:
             result["alpha"] = None
-        result["confidence_interval"] = _jsonable(self.confidence_interval())
-        return result
+        result["confidence_interval"] = self.confidence_interval()
+        # msgspec writes null for what is not finite.
+        return msgspec.json.decode(msgspec.json.encode(result), type=dict[str, Any])
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AlphaEstimate:
@@ -193,11 +188,3 @@ def _add(x: Any, y: Any) -> Any:
     if isinstance(x, tuple):
         return tuple(_add(a, b) for a, b in zip(x, y, strict=True))
     return None if x is None else x + y
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return [_jsonable(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -68,16 +68,17 @@ def warnings(estimate: LevelStatistics) -> list[str]:
             "data's. Anchors that fit the boxes come first"
         )
     if estimate.clamp is not None:
+        low, high = estimate.clamp
         for i, (alpha, ratio) in enumerate(zip(estimate.alpha, estimate.ratios, strict=True)):
             if factor_origin(alpha, ratio) == CLAMPED:
                 found.append(
-                    f"the clamp {_pair(estimate.clamp)} set the factor {_edge(estimate, i)}: "
+                    f"the clamp [{low:g}, {high:g}] set the factor {_edge(estimate, i)}: "
                     f"the ratio is {ratio:.3g}"
                 )
-    high = [_edge(estimate, i) for i, r in enumerate(factors(estimate)) if r > LARGEST_STABLE]
-    if high:
+    large = [_edge(estimate, i) for i, r in enumerate(factors(estimate)) if r > LARGEST_STABLE]
+    if large:
         found.append(
-            f"factors above {LARGEST_STABLE} ({', '.join(high)}): the paper could not make such "
+            f"factors above {LARGEST_STABLE} ({', '.join(large)}): the paper could not make such "
             "training converge"
         )
     if _fits_badly(estimate):
@@ -176,10 +177,6 @@ def factor_origin(factor: float, ratio: float) -> str:
 
 def _edge(estimate: LevelStatistics, i: int) -> str:
     return f"{estimate.level_names[i + 1]} -> {estimate.level_names[i]}"
-
-
-def _pair(values: tuple[float, float]) -> str:
-    return f"[{values[0]:g}, {values[1]:g}]"
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
