@@ -40,6 +40,16 @@ _FAMILIES = {
     "cells": "blood cells",
     "people": "TinyPerson",
 }
+_CONTRASTS = (
+    ("0.5", BASELINE),
+    (ESTIMATED, BASELINE),
+    (ESTIMATED, "0.5"),
+    ("0", BASELINE),
+    (FIRST, BASELINE),
+    (RATES, BASELINE),
+    (HALF, BASELINE),
+    ("1.4", BASELINE),
+)
 _ON_PEOPLE = ("0", "0.2", "0.35", "0.5", "0.7", ESTIMATED, FIRST)
 _SMALL = "0.2"  # the constant that all data sets and regimes have, beside 0 and 1
 _FEWEST = 3  # seeds, for a kind to be shown
@@ -74,6 +84,7 @@ def write(records: Sequence[dict[str, Any]], page: Path) -> None:
     drift(found, images / "scenes-drift.svg")
     rules(found, images / "scenes-rules.svg")
     parts = [
+        contrasts(found),
         "![AP50 at alpha = .2 against alpha = 1, by how the forward share changed while alpha = 1 "
         "was trained](images/scenes-drift.svg)",
         follows(records),
@@ -274,6 +285,36 @@ def drift(found: Sequence[Group], path: Path) -> None:
     axes.legend(frameon=False)
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def contrasts(found: Sequence[Group]) -> str:
+    """What each rule has over another: the mean over data sets, and how many are sure."""
+    families = _shown_by_family(found)
+    lines = [
+        f"| against each other | {' | '.join(_FAMILIES[name] for name in families)} |",
+        "|---" * (1 + len(families)) + "|",
+    ]
+    for kind, other in _CONTRASTS:
+        cells = [f"{name_of(kind)} over {name_of(other)}"]
+        for part in families.values():
+            means = [mean_of(v) for g in part if len(v := g.against(kind, other)) >= _FEWEST]
+            if not means:
+                cells.append("")
+                continue
+            values = [mean.mean for mean in means]
+            above, below = (sum(sign * m.mean - m.half > 0 for m in means) for sign in (1, -1))
+            cells.append(
+                f"**{np.mean(values):+.1f}** ({min(values):+.1f} to {max(values):+.1f}); "
+                f"{above} above, {below} below, of {len(means)}"
+            )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Points of AP50, in the mean over data sets and regimes, with the lowest and the highest; "
+        "*above* and *below* say how many have a paired 95 % interval that lies so of 0, each with "
+        f"{_FEWEST} seeds or more, without correction for their number.",
+    ]
+    return "\n".join(lines)
 
 
 def regrets(found: Sequence[Group]) -> str:

@@ -360,6 +360,10 @@ def test_report_writes_between_its_marks(tmp_path):
     assert "| near .2/.2/.2 |" in text
     assert "| S-alpha, geometric mean of its factors | " in text
     assert "drift, seeds from 3 on alone" not in text  # one such seed says nothing
+    # Peaks at 0, .5 and 1 with a slope of 10 points: .5 gains 5, 5 and -5.
+    (line,) = (line for line in text.splitlines() if line.startswith("| alpha = 0.5 over alpha"))
+    assert line.count("**+5.0** (+5.0 to +5.0); 2 above, 0 below, of 2") == 1
+    assert line.count("**-5.0** (-5.0 to -5.0); 0 above, 1 below, of 1") == 1
     names = {path.name for path in (tmp_path / "images").iterdir()}
     assert {"scenes-curves.svg", "scenes-drift.svg", "scenes-rules.svg"} <= names
 
