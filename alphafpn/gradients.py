@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import FeaturePyramidNetwork
 
-from alphafpn.axes import new_axes
+from alphafpn.plot_axes import new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,11 +13,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "alphafpn"
 
 # From the lowest to the highest: a module may import those that are listed before it.
 LAYERS = [
-    "alphafpn.axes",
+    "alphafpn.plot_axes",
     "alphafpn.estimate.checks",
+    "alphafpn.estimate.detector_view",
     "alphafpn.estimate.anchors",
     "alphafpn.estimate.anchors.grids",
-    "alphafpn.estimate.anchors.detector",
     "alphafpn.estimate.anchors.layout",
     "alphafpn.estimate.anchors.distinct",
     "alphafpn.estimate.matching",
@@ -30,7 +30,7 @@ LAYERS = [
     "alphafpn.estimate.annotations.items",
     "alphafpn.estimate.annotations.read",
     "alphafpn.estimate.result",
-    "alphafpn.estimate.result.factors",
+    "alphafpn.estimate.result.level_statistics",
     "alphafpn.estimate.result.report",
     "alphafpn.estimate.result.picture",
     "alphafpn.estimate.result.alpha_estimate",
@@ -145,7 +145,7 @@ def test_the_estimate_knows_no_pyramid(found):
     core = [i for i in found if i.module.startswith("alphafpn.estimate")]
     assert {
         i.target for i in core if i.target.startswith("alphafpn") and "estimate" not in i.target
-    } == {"alphafpn.axes"}
+    } == {"alphafpn.plot_axes"}
 
 
 def test_imports_in_functions_are_of_what_may_be_missing_or_is_slow(found):

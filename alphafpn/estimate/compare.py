@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from alphafpn.estimate.anchors.detector import DetectorView
 from alphafpn.estimate.annotations.columns import Annotations
 from alphafpn.estimate.annotations.read import read_annotations
 from alphafpn.estimate.checks import check_clamp
+from alphafpn.estimate.detector_view import DetectorView
 from alphafpn.estimate.for_detector import estimate_view
 from alphafpn.estimate.result.alpha_estimate import AlphaEstimate
 from alphafpn.estimate.result.report import factor_origin, factors, table

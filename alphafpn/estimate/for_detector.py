@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from alphafpn.estimate.anchors.detector import DetectorView, Size
 from alphafpn.estimate.anchors.distinct import check_distinct
 from alphafpn.estimate.anchors.layout import AnchorLayout, describe, largest
 from alphafpn.estimate.annotations.columns import Annotations
 from alphafpn.estimate.annotations.read import read_annotations
 from alphafpn.estimate.checks import check_clamp
 from alphafpn.estimate.counting import LevelCounts, count_levels
+from alphafpn.estimate.detector_view import DetectorView, Size
 from alphafpn.estimate.matching.grid import GridMatcher
 from alphafpn.estimate.matching.ranges import RangeMatcher
 from alphafpn.estimate.matching.search import Matcher

@@ -24,7 +24,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, sigmoid_focal_loss
 
-from alphafpn.estimate.anchors.detector import DetectorView
+from alphafpn.estimate.detector_view import DetectorView
 from alphafpn.pyramid import Alpha
 from alphafpn.surgery import patch_detector
 

@@ -19,7 +19,7 @@ from alphafpn.estimate import counting, for_anchors
 from alphafpn.estimate.matching import grid
 from alphafpn.estimate.matching.grid import GridMatcher
 from alphafpn.estimate.matching.search import SearchMatcher
-from alphafpn.estimate.result.factors import SIZE_UNIT
+from alphafpn.estimate.result.level_statistics import SIZE_UNIT
 from tests import oracle
 from tests.anchor_sets import (
     FASTER,

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphafpn.estimate.anchors.detector import DetectorView, Size
 from alphafpn.estimate.anchors.grids import GridLevel, as_tuples, on_grid, recognise_grid
 from alphafpn.estimate.checks import check_boxes, check_num_fused_levels
+from alphafpn.estimate.detector_view import DetectorView, Size
 
 
 @dataclass(frozen=True, eq=False)

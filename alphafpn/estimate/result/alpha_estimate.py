@@ -12,7 +12,7 @@ import torch
 
 from alphafpn.estimate.checks import check_clamp, check_num_fused_levels
 from alphafpn.estimate.result import picture, report
-from alphafpn.estimate.result.factors import IOU_BINS, LevelStatistics
+from alphafpn.estimate.result.level_statistics import IOU_BINS, LevelStatistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from alphafpn.axes import new_axes
-from alphafpn.estimate.result.factors import LevelStatistics
+from alphafpn.estimate.result.level_statistics import LevelStatistics
 from alphafpn.estimate.result.report import factor_origin, factors
+from alphafpn.plot_axes import new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from alphafpn.estimate.result.factors import LevelStatistics
+from alphafpn.estimate.result.level_statistics import LevelStatistics
 
 # Section 4.2 of the paper: training does not converge with factors above this.
 LARGEST_STABLE = 1.1

@@ -18,7 +18,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from alphafpn import AnchorLayout
-from alphafpn.estimate.anchors.detector import DetectorView
+from alphafpn.estimate.detector_view import DetectorView
 from tests.anchor_sets import cell_anchors, seeds
 from tests.pyramids import make_retinanet
 
