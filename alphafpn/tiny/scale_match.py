@@ -170,7 +170,7 @@ class ScaleMatch(BoxTransform):
 
 
 class MonotoneScaleMatch(ScaleMatch):
-    """Does Scale Match without chance: the larger objects were, the larger they become.
+    """Resizes as `ScaleMatch` does, without chance: larger objects become larger ones.
 
     The mean size of an image's objects is mapped from the source's law to the target's, from a
     quantile of one to the same quantile of the other, linearly within each bin of the target's
