@@ -28,7 +28,9 @@ LITERAL = re.compile(
 )
 LOADING = {"src", "href", "xlink:href", "data", "poster", "background", "manifest"}
 # What the theme's script asks for: in browsers from before 2020, and on pages with these classes.
+# Names of XML are no addresses.
 DORMANT = {
+    "http://www.w3.org/": None,
     "https://unpkg.com/resize-observer-polyfill": None,
     "https://unpkg.com/mermaid@": "mermaid",
     "https://api.github.com/": "md-source",
