@@ -19,8 +19,9 @@ hide: [toc]
 
 What the library should keep to, and whether it does: the newest record of each case, made from
 `benchmarks/results.json`. Ratios of times and of memory are those of pairs, with the interval of
-their median; where the bound lies inside the interval, the pairs do not decide. A target of
-several cases is met if all of them keep the bound; its figure is the one that misses by most.
+their median. *Undecided*: the bound lies inside the interval; *upper end*: that of the interval has
+to keep it. A target of several cases is met if all of them keep the bound; its figure is the one
+that misses by most.
 """
 METHOD = """Times are medians. Where a ratio has an interval, both sides were timed in turns; it is
 the distribution-free 95 % interval of the median over pairs (with fewer than six, their whole
@@ -74,21 +75,24 @@ def page(entries: list[Entry]) -> str:
 
 
 def _targets(entries: list[Entry]) -> str:
-    rows, reasons, missing = [], [], []
+    rows, reasons, missing, notes = [], [], [], []
     for target in TARGETS:
         outcomes = target.outcomes(entries)
         for device, entry, measured, verdict in outcomes:
             if entry is None:
                 missing.append(f"{target.what} ({_name(device)})")
                 continue
-            note = f" ({entry['note']})" if "note" in entry else ""
-            rows.append((target.what, measured, target.limit, verdict, _name(device) + note))
+            mark = r"\*" if "note" in entry else ""
+            if mark:
+                notes.append(rf"\* {target.what} ({_name(device)}): {entry['note']}." + "\n")
+            rows.append((target.what, measured, target.limit, verdict, _name(device) + mark))
         if target.why and any(outcome.verdict.startswith("not met") for outcome in outcomes):
             reasons.append(f"- **{target.what}**: {target.why}\n")
     devices = sorted({e["device"] for e in entries})
     named = "; ".join(f"{_name(device)} is {device.removeprefix('CPU, ')}" for device in devices)
     parts = [
         _table(("what", "measured", "target", "verdict", "device"), rows),
+        *notes,
         *([f"{named}.\n"] if named else []),
         *([f"Not measured: {'; '.join(missing)}.\n"] if missing else []),
         *([_fold("Why some are missed", "".join(reasons))] if reasons else []),

@@ -56,7 +56,9 @@ def algorithm1(path: Path) -> None:
                     (x1, y1), x2 - x1, y2 - y1, fill=False, linestyle=style, color=colour, lw=1.8
                 )
             )
-        axes.text(float(box[0]) + 1, float(box[1]) - 1.5, f"IoU {iou:.2f}", fontsize=9)
+        plain = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        left, top = box[:2].tolist()
+        axes.text(left + 1, top - 1.5, f"IoU {iou:.2f}", fontsize=9, bbox=plain)
     axes.set(xlim=(-12, 66), ylim=(68, -22), aspect="equal", xlabel="x (px)", ylabel="y (px)")
     axes.set_title(f"boxes (solid), their best anchors (dashed); $\\alpha$ = {estimate.alpha[0]}")
     axes.legend(loc="upper left", fontsize=9)

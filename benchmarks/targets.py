@@ -80,9 +80,9 @@ class Target:
         kept = sum(self._keeps(case) for case in cases)
         verdict = "met" if kept == len(cases) else "not met"
         if low < self.bound < high:
-            verdict += " (bound inside the interval)"
+            verdict += " (undecided)"
         if len(cases) > 1:
-            verdict += f", {kept} of {len(cases)} cases keep it"
+            verdict += f", {kept} of {len(cases)} cases"
         return Outcome(device, worst, measured, verdict)
 
     def _keeps(self, entry: Entry) -> bool:

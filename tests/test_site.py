@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,10 +21,16 @@ if not (ROOT / "mkdocs.yml").exists():
     pytest.skip("no documentation here to build", allow_module_level=True)
 
 ELSEWHERE = re.compile(r"\s*(?:\w+:)?//", re.I)
-LOADED_BY_CSS = re.compile(r"""(?:url\(|@import)\s*["']?([^"')]+)""", re.I)
-LITERAL = re.compile(r"""["'`]((?:https?:)?//[^"'`\s/]+[.}][^"'`\s]*)""", re.I)
+LOADED_BY_CSS = re.compile(r"""(?:url\(|@import|image-set\(|\dx\s*,)\s*["']?([^"')]+)""", re.I)
+# With a host, whole or to be put in (`https://${e}/`), or cut before it (`"https://" + host`).
+LITERAL = re.compile(
+    r"""["'`]((?:https?:)?//[^"'`\s/]+[.}][^"'`\s]*|(?:https?|wss?)://(?=["'`]))""", re.I
+)
+LOADING = {"src", "href", "xlink:href", "data", "poster", "background", "manifest"}
 # What the theme's script asks for: in browsers from before 2020, and on pages with these classes.
+# Names of XML are no addresses.
 DORMANT = {
+    "http://www.w3.org/": None,
     "https://unpkg.com/resize-observer-polyfill": None,
     "https://unpkg.com/mermaid@": "mermaid",
     "https://api.github.com/": "md-source",
@@ -64,9 +71,13 @@ class Page(HTMLParser):
                 self.ids.add(value)
             elif name == "style":
                 self.loads += loaded_by_css(value)
-            elif name == "srcset":
+            elif name == "srcdoc":
+                self.loads += Page(value).loads
+            elif name == "content" and tag == "meta":  # a refresh; other texts name no address
+                self.loads += re.findall(r"url=\s*((?:\w+:)?//\S+)", value, re.I)
+            elif name in ("srcset", "imagesrcset"):
                 self.loads += [part for part in value.split(",") if ELSEWHERE.match(part)]
-            elif name in ("src", "href", "xlink:href", "data", "poster") and tag != "a":
+            elif name in LOADING and tag != "a":
                 self.loads += [value] * bool(ELSEWHERE.match(value))
 
     def handle_endtag(self, tag):
@@ -119,6 +130,24 @@ def test_nothing_is_loaded_from_another_host(site, pages):
     assert [name for name, page in pages.items() if page.classes & set(DORMANT.values())] == []
 
 
+def test_names_in_signatures_lead_somewhere(site):
+    reference = (site / "api" / "index.html").read_text()
+    ids = Page(reference).ids
+    unlinked = set(re.findall(r'<span title="((?:alphafpn|torch|torchvision)\.[^"]+)"', reference))
+    # What is explained where it is listed needs no link: attributes, under their class.
+    assert {name for name in unlinked if name.rsplit(".", 1)[0] not in ids} == set()
+
+
+def test_signatures_are_wrapped(site):
+    reference = (site / "api" / "index.html").read_text()
+    signatures = re.findall(r"doc-signature.*?<code>(.*?)</code>", reference, re.S)
+    assert len(signatures) > 40
+    lines = [line for code in signatures for line in re.sub("<[^>]+>", "", code).splitlines()]
+    assert max(map(len, map(unescape, lines))) <= 100, (
+        "mkdocstrings wraps with ruff: not installed?"
+    )
+
+
 def test_formulas_are_rendered(pages):
     assert pages["how-it-works/index.html"].formulas > 10
     assert pages["questions/index.html"].formulas > 5
@@ -139,12 +168,21 @@ def test_formulas_are_rendered(pages):
         '<p style="background: url(https://a.b/c.png)">',
         '<svg><image xlink:href="http://a.b/c.png"/></svg>',
         '<script>load("https://a.b/c.js")</script>',
+        "<style>p { background: image-set('c.png' 1x, 'https://a.b/c.png' 2x) }</style>",
+        '<iframe srcdoc="<img src=&quot;//a.b/c.png&quot;>"></iframe>',
+        '<meta http-equiv="refresh" content="0; url=https://a.b/">',
+        '<body background="//a.b/c.png">',
     ],
 )
 def test_what_is_loaded_is_found(html):
     assert len(Page(html).loads) == 1
     local = re.sub(r"(?i)(https?:)?//a\.b", "..", html)
     assert Page(local).loads == []
+
+
+def test_an_address_put_together_is_found():
+    assert loaded_by_script('load("https://" + host + path)') == ["https://"]
+    assert loaded_by_script("load(`//${host}/c.js`)") == ["//${host}/c.js"]
 
 
 def test_links_and_code_are_no_loads():

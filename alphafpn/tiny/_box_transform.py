@@ -36,7 +36,7 @@ class BoxTransform(v2.Transform):  # type: ignore[misc]
         self.per_image = (per_image,) if isinstance(per_image, str) else tuple(per_image)
 
     def forward(self, *inputs: Any) -> Any:
-        """Transform a sample of any structure."""
+        """Transforms a sample of any structure."""
         sample = inputs if len(inputs) > 1 else inputs[0]
         image = _image(sample)
         target = _target(sample) or {}
@@ -62,7 +62,7 @@ class BoxTransform(v2.Transform):  # type: ignore[misc]
 
 
 def to_xywh(boxes: tv_tensors.BoundingBoxes | None) -> Tensor:
-    """Boxes of any format as `xywh`, `[N, 4]` in float64 on the CPU.
+    """Converts boxes of any format to `xywh`, `[N, 4]` in float64 on the CPU.
 
     Raises:
         ValueError: If boxes are rotated, inverted or not finite.
@@ -84,7 +84,7 @@ def to_xywh(boxes: tv_tensors.BoundingBoxes | None) -> Tensor:
 
 
 def _image(sample: Any) -> Any:
-    """As torchvision finds it: the first object of an image's type, else the first plain tensor."""
+    """Finds the image as torchvision does: by type, else the first plain tensor."""
     leaves, _ = tree_flatten(sample)
     images = [leaf for leaf in leaves if isinstance(leaf, _IMAGES)] + [
         leaf
@@ -97,7 +97,7 @@ def _image(sample: Any) -> Any:
 
 
 def _target(node: Any) -> dict[str, Any] | None:
-    """The dict that holds the sample's boxes."""
+    """Finds the dict that holds the sample's boxes."""
     children = node.values() if isinstance(node, Mapping) else node
     if not isinstance(node, Mapping | list | tuple):
         return None
@@ -113,7 +113,7 @@ def _target(node: Any) -> dict[str, Any] | None:
 
 
 def _select(entry: Any, kept: Tensor) -> Any:
-    """Those parts of an entry whose boxes are kept, or all of it if it isn't one part per box."""
+    """Returns the parts of an entry whose boxes are kept, or all if it isn't one part per box."""
     if isinstance(entry, Tensor):
         dimensions = 3 if isinstance(entry, tv_tensors.Mask) else 1  # a mask of [H, W] is one alone
         if isinstance(entry, _IMAGES) or entry.ndim < dimensions or len(entry) != len(kept):

@@ -22,7 +22,7 @@ class _HasBox(Protocol):
 
 
 def read(source: Any, kind: type[Kind], name: str) -> tuple[str, Any, Kind]:
-    """Data from a JSON file or from Python objects, twice: as it is and as what is needed of it.
+    """Reads a JSON file or Python objects, twice: as they are and as what is needed of them.
 
     Args:
         source: Path to a JSON file, or dicts and lists (numbers may be numpy's or torch's).
@@ -52,7 +52,7 @@ def read(source: Any, kind: type[Kind], name: str) -> tuple[str, Any, Kind]:
 
 
 def boxes(where: str, entries: Sequence[_HasBox]) -> NDArray[np.float64]:
-    """The boxes of all entries, `[N, 4]` as `xywh`, each finite and of no negative size.
+    """Reads the boxes of all entries, `[N, 4]` as `xywh`, each finite and of no negative size.
 
     Raises:
         ValueError: Naming the first entry whose box is otherwise.
@@ -67,7 +67,7 @@ def boxes(where: str, entries: Sequence[_HasBox]) -> NDArray[np.float64]:
 
 
 def positions(where: str, ids: Iterable[int]) -> dict[int, int]:
-    """Where each id stands.
+    """Finds where each id stands.
 
     Raises:
         ValueError: If an id is there twice.
@@ -81,7 +81,7 @@ def positions(where: str, ids: Iterable[int]) -> dict[int, int]:
 
 
 def references(where: str, ids: Sequence[int], known: dict[int, int]) -> NDArray[np.int64]:
-    """Positions of the images that entries refer to.
+    """Finds the positions of the images that entries refer to.
 
     Raises:
         ValueError: If there is no such image.

@@ -16,7 +16,7 @@ from alphafpn.tiny._coco import Source
 
 
 def read_tile(tile: Mapping[str, Any], images: Source) -> Image.Image:
-    """Read a tile's pixels, from its own file or from its region in the whole image's.
+    """Reads a tile's pixels, from its own file or from its region in the whole image's.
 
     Args:
         tile: An entry of `images` in what `cut_dataset` returned.
@@ -50,7 +50,7 @@ def read_tile(tile: Mapping[str, Any], images: Source) -> Image.Image:
 def write_tiles(
     cut: dict[str, Any], sizes: Mapping[int, tuple[int, int]], images: Path, out: Path, name: str
 ) -> None:
-    """Write every tile as `out/images/*.png`, and `cut` last of all as `out/annotations.json`.
+    """Writes every tile as `out/images/*.png`, and `cut` last of all as `out/annotations.json`.
 
     Each file is written elsewhere and moved to its place when it is complete. What is in its place
     already must be the same: so a run that was killed goes on where it stopped, two at once do no
@@ -103,7 +103,7 @@ def write_tiles(
 
 
 def _name_file(tile: dict[str, Any], name: str) -> str:
-    """Give a tile the name of its own file, and return that of its image's."""
+    """Gives a tile the name of its own file, and returns that of its image's."""
     source = tile.get("file_name")
     expected = "the name of a file in the folder of images"
     if not isinstance(source, str):

@@ -16,7 +16,7 @@ from alphafpn.tiny._box_transform import PER_IMAGE, BoxTransform, to_xywh
 
 
 class EraseIgnored(BoxTransform):
-    """Paint over regions that nobody annotated one by one, and drop their boxes.
+    """Paints over regions that nobody annotated one by one, and drops their boxes.
 
     Each region gets its own mean colour, by channel. What no source settles is our choice: a
     region covers every pixel that its box touches within the image; its colour is that of the image
@@ -55,7 +55,7 @@ class EraseIgnored(BoxTransform):
         self.keys = (keys,) if isinstance(keys, str) else tuple(keys)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """The `regions` to paint, `[R, 4]` as `xywh`, and which boxes are `kept`, `[N]`."""
+        """Chooses the `regions` to paint, `[R, 4]` as `xywh`, and which boxes are `kept`, `[N]`."""
         _, boxes, target = flat_inputs
         found = to_xywh(boxes)
         kept = torch.ones(len(found), dtype=torch.bool)
@@ -71,7 +71,7 @@ class EraseIgnored(BoxTransform):
         return {"regions": found[~kept], "kept": kept}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Paint an image; masks and boxes stay."""
+        """Paints an image; masks and boxes stay."""
         if isinstance(inpt, PIL.Image.Image):
             return _paint_pil(inpt, params["regions"])
         if isinstance(inpt, tv_tensors.Image | tv_tensors.Video):
@@ -106,7 +106,7 @@ def _paint_pil(image: PIL.Image.Image, regions: Tensor) -> PIL.Image.Image:
 
 
 def _windows(regions: Tensor, height: int, width: int) -> Iterator[tuple[int, int, int, int]]:
-    """The pixels that each region touches, as `xyxy`; regions outside of the image are left out."""
+    """Finds the pixels that each region touches, as `xyxy`; leaves out regions beside the image."""
     for x, y, w, h in regions.tolist():
         left, right = max(0, math.floor(x)), min(width, math.ceil(x + w))
         top, bottom = max(0, math.floor(y)), min(height, math.ceil(y + h))

@@ -117,7 +117,7 @@ def evaluate_tiny(
     *,
     quirks: bool = True,
 ) -> dict[str, float]:
-    """Average precision, average recall and miss rate of tiny objects, as TinyPerson defines them.
+    """Computes AP, average recall and miss rate of tiny objects, as TinyPerson defines them.
 
     In each range of sizes, objects outside of it and those marked `ignore` or `uncertain` (for AP
     and AR also `iscrowd`) need not be found, and detections that lie inside them, by intersection
@@ -164,7 +164,7 @@ def evaluate_tiny(
 
 
 def format_tiny(results: Mapping[str, float]) -> str:
-    """The figures of `evaluate_tiny` as a table in percent, with a row for each range of sizes.
+    """Formats the figures of `evaluate_tiny` as a table in percent, a row for each range of sizes.
 
     Args:
         results: What `evaluate_tiny` returned.

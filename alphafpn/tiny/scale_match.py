@@ -39,7 +39,7 @@ class _Annotations(msgspec.Struct):
 
 
 def box_sizes(dataset: _coco.Source | Mapping[str, Any]) -> Tensor:
-    """The sizes that Scale Match compares: square roots of the areas of a dataset's boxes.
+    """Lists the sizes that Scale Match compares: square roots of the areas of a dataset's boxes.
 
     Args:
         dataset: COCO dict with `annotations`, or the path to one as JSON.
@@ -64,7 +64,7 @@ def box_sizes(dataset: _coco.Source | Mapping[str, Any]) -> Tensor:
 
 
 class ScaleMatch(BoxTransform):
-    """Resize each image so that its objects' mean size is one drawn from the target's sizes.
+    """Resizes each image so that its objects' mean size is one drawn from the target's sizes.
 
     The mean is the geometric one of sqrt(w * h) over the image's boxes. The target's law is its
     rectified histogram: the smallest and the largest 1 % of the sizes are a bin each, and 98 bins
@@ -127,7 +127,7 @@ class ScaleMatch(BoxTransform):
         self._edges, self._cumulative = _rectified_histogram(_sizes("target_sizes", target_sizes))
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """The `scale`, the new (height, width) as `size`, and which boxes are `kept`, `[N]`."""
+        """Chooses `scale`, the new (height, width) as `size`, and which boxes are `kept`, `[N]`."""
         image, boxes, _ = flat_inputs
         height, width = F.get_size(image)
         sides = to_xywh(boxes)[:, 2:]
@@ -145,7 +145,7 @@ class ScaleMatch(BoxTransform):
         return {"scale": self.default_scale, "size": size, "kept": kept}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Resize an image, boxes or masks."""
+        """Resizes an image, boxes or masks."""
         return F.resize(inpt, params["size"])
 
     def _scale(self, mean_size: float) -> float:
@@ -170,7 +170,7 @@ class ScaleMatch(BoxTransform):
 
 
 class MonotoneScaleMatch(ScaleMatch):
-    """Scale Match without chance: the larger an image's objects were, the larger they become.
+    """Resizes as `ScaleMatch` does, without chance: larger objects become larger ones.
 
     The mean size of an image's objects is mapped from the source's law to the target's, from a
     quantile of one to the same quantile of the other, linearly within each bin of the target's

@@ -75,7 +75,7 @@ def cut_dataset(
     images: _coco.Source | None = None,
     out: _coco.Source | None = None,
 ) -> dict[str, Any]:
-    """Cut the images of a COCO dataset into overlapping tiles.
+    """Cuts the images of a COCO dataset into overlapping tiles.
 
     Tiles lie side by side from the upper left corner; the last of a row or column is shifted back
     to end at the border. An image smaller than a tile gives one tile of its own size.
@@ -170,7 +170,7 @@ def merge_detections(
     detections: _coco.Source | Sequence[Mapping[str, Any]],
     tiles: _coco.Source | Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Bring detections on tiles onto the whole images, each object once.
+    """Brings detections on tiles onto the whole images, each object once.
 
     Boxes are shifted by their tile's corner; then one non-maximum suppression for each image, over
     all of its tiles and all categories, removes every box that overlaps a better one by half. The

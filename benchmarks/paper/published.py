@@ -170,7 +170,8 @@ def page(tinyperson: dict[str, Any], citypersons: dict[str, Any]) -> str:
 _PAGE = """\
 # The published factors, rebuilt
 
-Written by `python -m benchmarks.paper.published`.
+Does counting give the factors that the paper states? This page counts the paper's data sets anew;
+`python -m benchmarks.paper.published` writes it.
 
 ## TinyPerson
 
