@@ -6,12 +6,13 @@ import dataclasses
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
@@ -59,6 +60,9 @@ _SMALL_WIDTHS = (16, 32, 64, 96, 128)
 class Backbone(BackboneWithFPN):  # type: ignore[misc]
     """Modifications: pretrained normalisation keeps its statistics, in training mode too.
 
+    Under autocast on a CPU a body with depthwise convolutions stays in float32: their gradients
+    take several times as long in bfloat16.
+
     Args:
         body: what the pyramid stands on.
         taps: names of the parts that it takes features from, finest first.
@@ -76,6 +80,16 @@ class Backbone(BackboneWithFPN):  # type: ignore[misc]
         names = {tap: str(level) for level, tap in enumerate(taps)}
         super().__init__(body, names, list(widths), config.channels, extra)
         self.frozen = False
+        convolutions = [m for m in body.modules() if isinstance(m, nn.Conv2d)]
+        self.depthwise = any(convolution.groups > 1 for convolution in convolutions)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Feature maps of normalised images [N, 3, H, W], finest first."""
+        narrow = not (self.depthwise and x.device.type == "cpu")
+        with nullcontext() if narrow else torch.autocast("cpu", enabled=False):
+            features = self.body(x)
+        found: dict[str, Tensor] = self.fpn(features)
+        return found
 
     def freeze(self, parts: Sequence[str]) -> None:
         """Stop training normalisation everywhere, and whatever else the named parts hold."""

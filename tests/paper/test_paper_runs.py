@@ -105,6 +105,24 @@ def test_losses_of_a_batch_are_those_of_its_images(data, tmp_path, detector, cha
         torch.testing.assert_close(other, gradient, **close)
 
 
+@pytest.mark.parametrize("backbone", ["efficientnet_lite0", "resnet18"])
+def test_depthwise_convolutions_stay_in_float32_on_a_cpu(data, tmp_path, backbone):
+    if backbone == "efficientnet_lite0":
+        pytest.importorskip("efficientnet_lite_pytorch")
+    changes = {"backbone": backbone, "weights": "none", "precision": "bf16-mixed"}
+    config, execution = parsed(options(data, tmp_path, **changes))
+    backbone_with_fpn = prepare(config, execution)[0].detector.backbone
+    found = {}
+    for name in ("body", "fpn"):
+        part = backbone_with_fpn.get_submodule(name)
+        part.register_forward_hook(lambda _, __, out, name=name: found.update({name: out["0"]}))
+    with torch.autocast("cpu", torch.bfloat16):
+        backbone_with_fpn(torch.rand(1, 3, 64, 64))
+    depthwise = backbone == "efficientnet_lite0"
+    assert found["body"].dtype == (torch.float32 if depthwise else torch.bfloat16)
+    assert found["fpn"].dtype == torch.bfloat16
+
+
 def test_a_compiled_network_trains_the_same(data, tmp_path, monkeypatch):
     asked = []
 
