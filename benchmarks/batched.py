@@ -18,7 +18,8 @@ from torchvision.ops import sigmoid_focal_loss
 
 BETWEEN = -2  # of the two thresholds: neither object nor background
 _BETA = 0.11
-_PAIRS = 1 << 24  # boxes times anchors that are compared at once
+# Boxes times anchors that are compared at once: what fits a CPU's cache, and what fills a GPU.
+_PAIRS_ON_CPU, _PAIRS = 1 << 18, 1 << 24
 
 
 class BatchedLoss:
@@ -62,18 +63,22 @@ class BatchedLoss:
         real = torch.arange(most, device=padded.device) < torch.tensor(
             counts, device=padded.device
         ).unsqueeze(1)
-        step = max(1, _PAIRS // (most * len(self.anchors)))
+        pairs = _PAIRS_ON_CPU if padded.device.type == "cpu" else _PAIRS
+        step = max(1, pairs // (most * len(self.anchors)))
         parts = zip(padded.split(step), real.split(step), strict=True)
         return torch.cat([self._match(*part) for part in parts])
 
     def _match(self, boxes: Tensor, real: Tensor) -> Tensor:
-        low = torch.maximum(boxes[:, :, None, :2], self.anchors[:, :2])
-        high = torch.minimum(boxes[:, :, None, 2:], self.anchors[:, 2:])
-        inter = (high - low).clamp_(min=0).prod(3)
+        # Column by column: a product over a last dimension of two would cost more than all else.
+        inter: Tensor | float = 1.0
+        for axis in range(2):
+            low = torch.maximum(boxes[:, :, None, axis], self.anchors[:, axis])
+            high = torch.minimum(boxes[:, :, None, axis + 2], self.anchors[:, axis + 2])
+            inter = high.sub_(low).clamp_(min=0).mul_(inter)
         area, all_area = (
             (b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1]) for b in (boxes, self.anchors)
         )
-        iou = inter / (area[:, :, None] + all_area - inter)
+        iou = inter / (area[:, :, None] + all_area).sub_(inter)
         iou[~real] = -1.0  # of rows that only fill up
         value, index = iou.max(1)
         found = index.clone()
@@ -81,8 +86,8 @@ class BatchedLoss:
         between = (value >= self.matcher.low_threshold) & (value < self.matcher.high_threshold)
         found[between] = BETWEEN
         # As torchvision: each object keeps the anchors that overlap it best, however little.
-        best = iou.amax(2, keepdim=True)
-        kept = ((iou == best) & real[:, :, None]).any(1)
+        best = iou.amax(2, keepdim=True).masked_fill(~real[:, :, None], 2.0)
+        kept = (iou == best).any(1)
         return torch.where(kept, index, found)
 
     def __call__(
