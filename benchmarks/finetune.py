@@ -50,7 +50,6 @@ TARGETS = ("S-alpha", "0.2")
 WHEN = ("before", "after", "ramped", "end")
 
 _ROOT = Path(__file__).resolve().parents[1]
-_BEGIN, _END = "<!-- fine-tuning: begin -->", "<!-- fine-tuning: end -->"
 _POINTS = 20  # of the loss curve
 _PRETRAINING = Settings(side=128, train=200, val=120, steps=500)
 
@@ -226,8 +225,6 @@ def _section(
 ) -> str:
     stayed = _ends(group.get(("1", STAY), []))
     lines = [
-        f"With {optimizer}, learning rate {rate:g}:",
-        "",
         "| target | way | seeds | before | after the change | at the ramp's end | at the end | "
         "against staying at 1 | against jumping | last loss |",
         "|---" * 10 + "|",
@@ -246,7 +243,7 @@ def _section(
         end = _mean(list(_ends(runs).values()))
         last = f"{np.mean([run['loss'][-1] for run in good]):.3f}" if good else ""
         lines.append(f"| {' | '.join([target, way, seeds, *means, end, *against, last])} |")
-    return "\n".join(lines)
+    return results.fold(f"{optimizer}, learning rate {rate:g}", "\n".join(lines))
 
 
 def _ends(runs: Sequence[dict[str, Any]]) -> dict[int, float]:
@@ -264,19 +261,6 @@ def _difference(found: dict[int, float], others: dict[int, float]) -> str:
     if not mean.count:
         return ""
     return f"{mean.mean:+.1f}" + ("" if math.isnan(mean.half) else f" ± {mean.half:.1f}")
-
-
-def write(text: str, page: Path) -> None:
-    """Puts text between the marks of a page.
-
-    Raises:
-        ValueError: If the page lacks them.
-    """
-    before, begin, rest = page.read_text("utf-8").partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not (begin and end):
-        raise ValueError(f"{page}: expected the marks {_BEGIN} and {_END}")
-    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", "utf-8")
 
 
 def _optimizer(model: nn.Module, config: dict[str, Any]) -> torch.optim.Optimizer:
@@ -306,7 +290,7 @@ def main() -> None:
     if given.what == "run":
         run(Plan(), given.seeds, given.results, given.folder, given.budget_minutes)
     else:
-        write(table(results.read([given.results])), given.page)
+        results.fill(given.page, "fine-tuning", [table(results.read([given.results]))])
 
 
 if __name__ == "__main__":

@@ -29,13 +29,13 @@ def report(records: Sequence[dict[str, Any]], page: Path) -> None:
     images.mkdir(parents=True, exist_ok=True)
     parts = [_overview(found)] if len(found) > 1 else []
     for number, setting in enumerate(found, start=1):
-        parts += [f"### {number}. {title(setting)}", _facts(setting), table(setting)]
-        parts += _remarks(setting)
+        inside = [_facts(setting), table(setting), *_remarks(setting)]
         for name, draw in (("alpha", draw_alpha), ("pairs", draw_pairs)):
             file = images / f"experiments-{number}-{name}.svg"
             caption = draw(setting, file)
             if caption:
-                parts.append(f"![{caption}](images/{file.name})")
+                inside.append(f"![{caption}](images/{file.name})")
+        parts.append(results.fold(f"{number}. {title(setting)}", "\n\n".join(inside)))
     results.fill(page, "results", ["\n\n".join(parts)])
 
 

@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import os
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,11 @@ def fill(page: Path, name: str, parts: Iterable[str]) -> None:
     after = rest.partition(end)[2]
     text = "\n".join([f"{before}{begin}", "", *parts, "", f"{end}{after}"])
     write(page, text.encode())
+
+
+def fold(head: str, text: str) -> str:
+    """A block of a page that opens on a click."""
+    return f'??? note "{head}"\n\n' + textwrap.indent(text, "    ")
 
 
 def _parse(content: bytes) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 matplotlib.use("agg")
 from matplotlib import pyplot
 
+from benchmarks.paper import results
 from benchmarks.paper.pairs import Mean, mean_of
 from benchmarks.scenes.analysis import (
     BASELINE,
@@ -31,7 +31,6 @@ from benchmarks.scenes.analysis import (
     holm,
 )
 
-_BEGIN, _END = "<!-- scenes: begin -->", "<!-- scenes: end -->"
 _RULES = ("0", "0.2", "0.5", BASELINE, ESTIMATED, HALF, FIRST, LOOK)
 # Data sets by the beginning of their names, and what pictures call them.
 _FAMILIES = {
@@ -71,10 +70,6 @@ def write(records: Sequence[dict[str, Any]], page: Path) -> None:
     Raises:
         ValueError: If the page lacks the marks.
     """
-    before, begin, rest = page.read_text("utf-8").partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not (begin and end):
-        raise ValueError(f"{page}: expected the marks {_BEGIN} and {_END}")
     found = groups(records)
     drawn, cells, people = (
         [group for group in found if group.data.startswith(names)]
@@ -111,10 +106,15 @@ def write(records: Sequence[dict[str, Any]], page: Path) -> None:
         )
     for name, part in {"drawn scenes": drawn, "blood cells": cells, "TinyPerson": people}.items():
         if part:
-            parts.append(_fold(f"where the peak is: {name}", peaks(part)))
+            parts.append(results.fold(f"where the peak is: {name}", peaks(part)))
     parts += [_folded(regime, part) for regime, part in _by_regime(found)]
-    text = "\n\n".join(parts)
-    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", "utf-8")
+    results.fill(page, "scenes", ["\n\n".join(parts)])
+
+
+def _save(figure: Any, path: Path) -> None:
+    with matplotlib.rc_context({"svg.hashsalt": "alphafpn"}):  # the same picture is the same file
+        figure.savefig(path, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
 
 
 def _by_regime(found: Iterable[Group]) -> list[tuple[str, list[Group]]]:
@@ -176,12 +176,7 @@ def _folded(regime: str, part: Sequence[Group]) -> str:
         if smallest
         else "",
     ]
-    return _fold(head, "\n".join(lines).rstrip())
-
-
-def _fold(head: str, text: str) -> str:
-    """A block that opens on a click."""
-    return f'??? note "{head}"\n\n' + textwrap.indent(text, "    ")
+    return results.fold(head, "\n".join(lines).rstrip())
 
 
 def _verdicts(part: Sequence[Group], kinds: Sequence[str]) -> dict[tuple[str, str], bool]:
@@ -283,8 +278,7 @@ def drift(found: Sequence[Group], path: Path) -> None:
     axes.set_xlabel("change of the forward share while alpha = 1 was trained (mean over edges)")
     axes.set_ylabel(f"AP50, alpha = {_SMALL} against alpha = 1")
     axes.legend(frameon=False)
-    figure.savefig(path)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def contrasts(found: Sequence[Group]) -> str:
@@ -360,8 +354,7 @@ def curves(found: Sequence[Group], path: Path) -> None:
             axes.set_xlabel("factor on every edge")
             axes.set_ylabel("AP50_tiny against 1")
             axes.legend(fontsize=8, frameon=False, title="objects by level; ★ S-alpha")
-    figure.savefig(path)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def _curve(axes: Any, group: Group, index: int, count: int) -> None:
@@ -404,8 +397,7 @@ def rules(found: Sequence[Group], path: Path) -> None:
         axes.set_title(_FAMILIES[family], fontsize=10)
         axes.set_xlabel("points below the best")
     grid[0][0].set_yticks(range(len(_RULES)), [name_of(kind) for kind in reversed(_RULES)])
-    figure.savefig(path)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def on_people(found: Sequence[Group], path: Path) -> None:
@@ -438,8 +430,7 @@ def on_people(found: Sequence[Group], path: Path) -> None:
         axes.set_title(f"{title}\nalpha = 1: {baseline:.1f}", fontsize=9)
         axes.set_xlabel("AP50_tiny against 1")
     grid[0][0].set_yticks(range(len(kinds)), [name_of(kind) for kind in reversed(kinds)])
-    figure.savefig(path)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def on_cells(found: Sequence[Group], path: Path) -> None:
@@ -459,5 +450,4 @@ def on_cells(found: Sequence[Group], path: Path) -> None:
         axes.set_title(f"{group.data.removesuffix(' one class')}: S-alpha {ratios}", fontsize=9)
         axes.set_xlabel("factor")
     np.atleast_1d(row)[0].set_ylabel("AP50 against 1")
-    figure.savefig(path)
-    pyplot.close(figure)
+    _save(figure, path)

@@ -118,22 +118,3 @@ def test_differences_are_paired():
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"seeds \[1\]"):
         table([*records, record(RESCALE, "0.2", 1, 0.5, start="other")])
-
-
-def test_only_what_is_between_the_marks_is_written(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"above\n\n{finetune._BEGIN}\nold\n{finetune._END}\n\nbelow\n")
-    finetune.write("new", page)
-    once = page.read_text()
-    assert once.split() == [
-        "above",
-        *finetune._BEGIN.split(),
-        "new",
-        *finetune._END.split(),
-        "below",
-    ]
-    finetune.write("new", page)
-    assert page.read_text() == once
-    page.write_text("no marks")
-    with pytest.raises(ValueError, match="expected the marks"):
-        finetune.write("new", page)

@@ -351,7 +351,7 @@ def test_report_writes_between_its_marks(tmp_path):
     page.write_text("nothing")
     with pytest.raises(ValueError, match="marks"):
         report.write(records, page)
-    page.write_text(f"before\n{report._BEGIN}\nold\n{report._END}\nafter\n")
+    page.write_text("before\n<!-- scenes: begin -->\nold\n<!-- scenes: end -->\nafter\n")
     report.write(records, page)
     text = page.read_text()
     assert text.startswith("before")

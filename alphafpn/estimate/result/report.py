@@ -13,8 +13,8 @@ LARGEST_TINY = 20.0
 # Detectors match anchors to objects from about this IoU; fewer boxes reaching it is a bad fit.
 USUAL_MATCH = 0.4
 GOOD_RECALL = 0.5
-# Factors up to this lost 14 to 29 points of AP50 in our experiments where what makes an object lies
-# far away from it, and gained at most 3 where it does not (docs/experiments.md).
+# In short trainings factors up to this lost up to 29 points of AP50 in our experiments where what
+# makes an object lies far from it, and gained at most 5 where it does not (docs/experiments.md).
 LARGEST_HARMFUL = 0.35
 CLAMPED = "clamped"
 # Objects are often labelled beyond the border; more than this share of them hardly ever.
@@ -42,8 +42,8 @@ def advice(estimate: LevelStatistics) -> list[str]:
     low = [_edge(estimate, i) for i, r in enumerate(factors(estimate)) if r <= LARGEST_HARMFUL]
     if low:
         found.append(
-            f"factors up to {LARGEST_HARMFUL} ({', '.join(low)}) can cost much where an object's "
-            "surroundings decide what it is"
+            f"factors up to {LARGEST_HARMFUL} ({', '.join(low)}) slow learning down where an "
+            "object's surroundings decide what it is: short trainings can lose much"
         )
     return found
 
