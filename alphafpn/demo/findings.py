@@ -61,7 +61,8 @@ def findings(
         if first in (EQUAL, GAINS):
             cut += "; alpha = 1 from the same first function does not"
         sentences.append(
-            "Small factors hold back what lies far away: S-alpha loses only where that decides"
+            "In so short a training small factors hold back what lies far away: S-alpha loses only "
+            "where that decides"
             f"{cut}. S-alpha cannot know, as it reads sizes alone: it is {factors[0]} where what "
             f"decides is far, {factors[1]} where it is near."
         )
