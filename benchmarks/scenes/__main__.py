@@ -5,7 +5,7 @@
     python -m benchmarks.scenes report
 
 Each finished run is a line of `results.jsonl`. What was interrupted starts again from its first
-step; a run takes some ten seconds on one thread of a CPU.
+step; a run takes ten seconds to four minutes on one thread of a CPU.
 """
 
 from __future__ import annotations
