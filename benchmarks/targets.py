@@ -252,7 +252,7 @@ TARGETS = (
     ),
     Target(
         "Training of the experiments: crops a second",
-        "training/",
+        "training/batched",
         1000,
         field="crops_per_s",
         least=True,

@@ -111,6 +111,9 @@ def passes(folder: Path, *options: str, limit: float = math.inf) -> bool:
         os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
         sys.dont_write_bytecode = True
         sys.path.insert(0, str(folder))
+        # Those of the tree that is left alone: pytest would refuse the copy's tests beside them.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+            del sys.modules[name]
         with open("log.txt", "w") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
@@ -179,6 +182,8 @@ def main() -> None:
     paths = sorted(p.relative_to(folder) for glob in CORE for p in (folder / "alphafpn").glob(glob))
     for path in paths:  # of a call that was killed, one is still broken
         shutil.copy(ROOT / path, folder / path)
+    if not passes(folder, *TESTS[1:]):
+        raise RuntimeError(f"unchanged, the copy fails: see {folder / 'log.txt'}")
     everything = [(path, *mutant) for path in paths for mutant in mutants(folder / path)]
     sample = random.Random(options.seed).sample(everything, options.count)
     results = folder / "mutants.jsonl"

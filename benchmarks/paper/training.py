@@ -19,7 +19,7 @@ from benchmarks.paper.config import BATCHED, Config
 from benchmarks.paper.data import Batches, Split
 
 _POINTS = 40  # of the loss curve
-_MULTIPLE = 32  # of whose pixels a batch's sides are
+_MULTIPLE = 32  # pixels; a batch's sides are multiples of it
 _MOMENTUM, _DECAY = 0.9, 1e-4
 
 
