@@ -19,6 +19,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from alphafpn import AnchorLayout, estimate_alpha, estimate_alpha_for
 from tests import oracle
 from tests.anchor_sets import seeds
+from tests.detectors import make_faster_rcnn
 
 
 def small_backbone(out_channels=32):
@@ -378,3 +379,12 @@ def test_real_boxes_equal_brute_force(tmp_path, data_file, file, name):
     with contextlib.suppress(ZeroDivisionError):
         expected = oracle.ratios(counts, estimate.num_fused_levels)
         assert unclear or estimate.ratios == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("side", range(4))
+@pytest.mark.parametrize(("beyond", "clipped"), [(0.9, 0), (1.5, 1)])
+def test_boxes_that_reach_beyond_by_more_than_a_pixel_are_counted(side, beyond, clipped):
+    box = torch.tensor([[0.0, 0.0, 160.0, 120.0]])
+    box[0, side] += beyond if side > 1 else -beyond
+    estimate = estimate_alpha_for(make_faster_rcnn(), [((120, 160), box)])
+    assert estimate.num_clipped == clipped
