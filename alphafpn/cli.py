@@ -24,12 +24,12 @@ from torchvision.models import detection, get_model_builder, list_models
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from alphafpn import AlphaEstimate, __version__
+from alphafpn.display import new_axes
 from alphafpn.estimate.annotations.read import read_annotations
 from alphafpn.estimate.compare import compare_view
 from alphafpn.estimate.detector_view import DetectorView
 from alphafpn.estimate.for_detector import estimate_view
 from alphafpn.estimate.result.report import anchors_come_first, warnings
-from alphafpn.plot_axes import new_axes
 
 TINY = ("tiny_retinanet", "tiny_faster_rcnn")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import FeaturePyramidNetwork
 
-from alphafpn.plot_axes import new_axes
+from alphafpn.display import new_axes, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,14 +41,12 @@ class GradientShares:
         return self.norms / self.norms.sum(1, keepdim=True)
 
     def __str__(self) -> str:
-        width = max(6, *(len(name) for name in self.level_names))
-        first = max(len(name) for name in self.feature_names)
-        header = " " * first + "".join(f"  {name:>{width}}" for name in self.level_names)
-        lines = ["Gradient at C_i that comes through P_j, as a share of all P_j", header]
-        for name, row in zip(self.feature_names, self.shares.tolist(), strict=True):
-            cells = (f"{share:.1%}" if share > 0 else "-" for share in row)
-            lines.append(f"{name:<{first}}" + "".join(f"  {cell:>{width}}" for cell in cells))
-        return "\n".join(lines)
+        rows = [
+            (name, *(f"{share:.1%}" if share > 0 else "-" for share in row))
+            for name, row in zip(self.feature_names, self.shares.tolist(), strict=True)
+        ]
+        title = "Gradient at C_i that comes through P_j, as a share of all P_j"
+        return "\n".join([title, *table(("", *self.level_names), rows)])
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draws one stacked bar for each backbone feature (needs the extra `plot`).
@@ -57,13 +55,11 @@ class GradientShares:
             axes: Matplotlib axes to draw on; new ones by default.
         """
         axes = new_axes() if axes is None else axes
-        palette = ["#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#9d755d"]
         rows = self.shares.nan_to_num().tolist()
         base = [0.0] * len(rows)
         for j, name in enumerate(self.level_names):
             heights = [row[j] for row in rows]
-            color = palette[j % len(palette)]
-            axes.bar(self.feature_names, heights, bottom=base, width=0.6, label=name, color=color)
+            axes.bar(self.feature_names, heights, bottom=base, label=name)
             base = [low + height for low, height in zip(base, heights, strict=True)]
         axes.set_ylabel("share of the gradient")
         axes.set_xlabel("backbone feature")
@@ -163,12 +159,12 @@ class _Recorder:
 
     def _on_image(self, module: nn.Module, args: Any) -> None:
         if args and isinstance(args[0], Tensor):
-            self.image_size = tuple(args[0].shape[-2:])
+            self.image_size = tuple(args[0].shape[2:])
 
     def _on_features(self, module: nn.Module, args: Any) -> Any:
         leaves = {name: c.detach().requires_grad_() for name, c in args[0].items()}
         self.feature_keys, self.features = list(leaves), list(leaves.values())
-        return (type(args[0])(leaves), *args[1:])
+        return type(args[0])(leaves)
 
     def _on_levels(self, module: nn.Module, args: Any, output: Any) -> Any:
         self.calls += 1
@@ -179,13 +175,13 @@ class _Recorder:
 
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names C_i and P_j, by their strides where these are powers of two."""
-        first = 0
+        first, regular = 0, False
         if self.image_size:
-            first = round(math.log2(self.image_size[0] / self.features[0].shape[-2]))
-        regular = bool(self.image_size) and all(
-            tuple(n << (first + i) for n in c.shape[-2:]) == self.image_size
-            for i, c in enumerate(self.features)
-        )
+            first = round(math.log2(self.image_size[0] / self.features[0].shape[2]))
+            regular = all(
+                tuple(n << (first + i) for n in c.shape[2:]) == self.image_size
+                for i, c in enumerate(self.features)
+            )
         return tuple(  # type: ignore[return-value]
             tuple(f"{letter}{first + i if regular else f' {key}'}" for i, key in enumerate(keys))
             for letter, keys in (("C", self.feature_keys), ("P", self.level_keys))

@@ -7,6 +7,7 @@ import socket
 import sys
 import types
 from collections import OrderedDict
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from tests.detectors import (
     make_fcos,
     make_retinanet,
 )
+from tests.pictures import drawn
 
 FACTORS = [0.5, 0.25]
 KINDS = [list, LearnableAlpha, AttentionAlpha]
@@ -96,6 +98,12 @@ def test_extra_levels_have_their_own_column():
     expected = torch.tensor([0, 0, 5.0 * 2**0.5], dtype=torch.float64)
     torch.testing.assert_close(result.norms[:, 3], expected)
     torch.testing.assert_close(result.norms[:, :3], shares_by_hand([1.0, 1.0, 1.0], [1.0, 1.0]))
+
+
+def test_a_level_that_no_loss_uses_passes_nothing():
+    result = gradient_shares(ByHand([1.0, 1.0]), IMAGES, [{}, {}])
+    expected = shares_by_hand([1.0, 1.0, 0.0], [1.0, 1.0])
+    torch.testing.assert_close(result.norms, expected)
 
 
 def test_a_feature_that_no_gradient_reaches_is_nan_and_prints():
@@ -401,6 +409,20 @@ def test_plots_the_shares():
     torch.testing.assert_close(heights.double().T, result.shares, rtol=0, atol=1e-6)
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list(result.level_names)
     assert [label.get_text() for label in axes.get_xticklabels()] == list(result.feature_names)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("backbone feature", "share of the gradient")
+    figure, place = drawn(axes)
+    inside, legend = place(axes), place(axes.get_legend())
+    # The bars of a feature stand on each other and fill the picture.
+    for stack in zip(*axes.containers, strict=True):
+        places = [place(bar) for bar in stack]
+        assert places[0].y0 == pytest.approx(inside.y0)
+        assert places[-1].y1 == pytest.approx(inside.y1)
+        for lower, upper in pairwise(places):
+            assert upper.y0 == pytest.approx(lower.y1)
+    # The legend hides none of them.
+    assert inside.x1 <= legend.x0 < legend.x1 <= figure.bbox.x1
+    assert legend.y0 + legend.y1 == pytest.approx(inside.y0 + inside.y1, abs=2)
+    assert not axes.get_legend().get_frame_on()
     assert result.plot(axes) is axes
 
 

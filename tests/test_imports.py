@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "alphafpn"
 
 # From the lowest to the highest: a module may import those that are listed before it.
 LAYERS = [
-    "alphafpn.plot_axes",
+    "alphafpn.display",
     "alphafpn.estimate.checks",
     "alphafpn.estimate.detector_view",
     "alphafpn.estimate.anchors",
@@ -145,7 +145,7 @@ def test_the_estimate_knows_no_pyramid(found):
     core = [i for i in found if i.module.startswith("alphafpn.estimate")]
     assert {
         i.target for i in core if i.target.startswith("alphafpn") and "estimate" not in i.target
-    } == {"alphafpn.plot_axes"}
+    } == {"alphafpn.display"}
 
 
 def test_imports_in_functions_are_of_what_may_be_missing_or_is_slow(found):

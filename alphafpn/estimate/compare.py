@@ -14,11 +14,12 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from alphafpn.estimate.annotations.columns import Annotations
 from alphafpn.estimate.annotations.read import read_annotations
+from alphafpn.display import table
 from alphafpn.estimate.checks import check_clamp
 from alphafpn.estimate.detector_view import DetectorView
 from alphafpn.estimate.for_detector import estimate_view
 from alphafpn.estimate.result.alpha_estimate import AlphaEstimate
-from alphafpn.estimate.result.report import factor_origin, factors, table
+from alphafpn.estimate.result.report import factor_origin, factors
 
 # Anchor sizes and input size, as multiples of the detector's own.
 VARIANTS = ((0.5, 1), (0.25, 1), (0.125, 1), (1.0, 2))

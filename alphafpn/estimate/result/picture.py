@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from alphafpn.display import new_axes
 from alphafpn.estimate.result.level_statistics import LevelStatistics
 from alphafpn.estimate.result.report import factor_origin, factors
-from alphafpn.plot_axes import new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,13 +17,15 @@ def plot(estimate: LevelStatistics, axes: Axes | None = None) -> Axes:
     axes = new_axes() if axes is None else axes
     positions = range(len(estimate.counts))
     bars = axes.bar(positions, estimate.counts, color="#4c78a8", width=0.6)
-    axes.bar_label(bars, [f"{n:,}" for n in estimate.counts], fontsize=8)
+    axes.bar_label(bars, [f"{n:,}" for n in estimate.counts], fontsize="small")
     axes.set_xticks(list(positions), estimate.level_names)
     axes.set_ylabel("objects")
     axes.set_xlabel("pyramid level")
     top = max(1, *estimate.counts)
     axes.set_ylim(0, top * 1.4)
-    axes.set_title(f"{estimate.num_boxes:,} boxes on {estimate.num_images:,} images", fontsize=10)
+    axes.set_title(
+        f"{estimate.num_boxes:,} boxes on {estimate.num_images:,} images", fontsize="medium"
+    )
     for i, (factor, ratio) in enumerate(zip(factors(estimate), estimate.ratios, strict=True)):
         axes.annotate(
             "",
@@ -34,5 +36,5 @@ def plot(estimate: LevelStatistics, axes: Axes | None = None) -> Axes:
         label = f"$\\alpha$ = {factor:.2f}"
         axes.text(i + 0.5, top * 1.17, label, ha="center", color="#e45756")
         origin = factor_origin(factor, ratio)
-        axes.text(i + 0.5, top * 1.07, origin, ha="center", va="center", fontsize=8)
+        axes.text(i + 0.5, top * 1.07, origin, ha="center", va="center", fontsize="small")
     return axes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from alphafpn.display import table
 from alphafpn.estimate.result.level_statistics import LevelStatistics
 
 # Section 4.2 of the paper: training does not converge with factors above this.
@@ -177,15 +178,3 @@ def factor_origin(factor: float, ratio: float) -> str:
 
 def _edge(estimate: LevelStatistics, i: int) -> str:
     return f"{estimate.level_names[i + 1]} -> {estimate.level_names[i]}"
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """Aligns columns as wide as their content: the first one left, the others right."""
-    widths = [max(len(row[c]) for row in [header, *rows]) for c in range(len(header))]
-    return [
-        "  ".join(
-            cell.ljust(width) if c == 0 else cell.rjust(width)
-            for c, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [header, *rows]
-    ]

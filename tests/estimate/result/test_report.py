@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 
 import pytest
 
@@ -157,29 +156,6 @@ def test_fcos_and_irregular_anchors_leave_columns_open():
     lines = estimate.summary().splitlines()
     assert lines[1].split() == ["level", "0", "-", "-", "100", "55.6%", "-"]
     assert warnings(estimate) == []
-
-
-def test_the_picture():
-    pytest.importorskip("matplotlib")
-    estimate = estimate_of((1000, 480, 0, 100, 20))
-    axes = estimate.plot()
-    assert [bar.get_height() for bar in axes.patches[:5]] == [1000, 480, 0, 100, 20]
-    assert [label.get_text() for label in axes.get_xticklabels()] == list(estimate.level_names)
-    texts = [text.get_text() for text in axes.texts]
-    for factor in ("0.48", "0.20", "2.00"):
-        assert any(factor in text for text in texts)
-    assert texts.count("clamped") == 2
-    assert axes.get_title() == "1,600 boxes on 50 images"
-    assert axes.get_figure() is not None
-    assert estimate.plot(axes) is axes
-    # Without a clamp, and with nothing counted.
-    estimate_of((0, 0, 0, 0, 0), clamp=None).plot()
-
-
-def test_a_picture_without_matplotlib_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r'pip install "alphafpn\[plot\]"'):
-        estimate_of((1, 2, 3)).plot()
 
 
 def test_advice_names_the_edges_whose_factor_may_do_harm():
