@@ -29,18 +29,15 @@ def check_boxes(boxes: object, where: str) -> Tensor:
     boxes = boxes.detach()
     if boxes.dtype not in (torch.float32, torch.float64):
         boxes = boxes.float()
-    if len(boxes):
-        sides = boxes[:, 2:] - boxes[:, :2]
-        # NaN and inf - inf fail the first comparison, a single inf the second.
-        low, high = torch.stack(sides.aminmax()).tolist()
-        if not (low >= 0 and high <= math.sqrt(torch.finfo(boxes.dtype).max)):
-            ok = boxes.isfinite().all(1) & (sides >= 0).all(1) & sides.prod(1).isfinite()
-            if not ok.all():
-                index = int(ok.int().argmin())
-                raise ValueError(
-                    f"{where}[{index}]: finite x1 <= x2 and y1 <= y2, with a finite area, expected,"
-                    f" found {boxes[index].tolist()}"
-                )
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    # NaN and inf - inf fail the comparison, a single inf makes the area inf or NaN.
+    ok = (torch.minimum(width, height) >= 0) & (width * height).isfinite()
+    if not ok.all():
+        index = int(ok.int().argmin())
+        raise ValueError(
+            f"{where}[{index}]: finite x1 <= x2 and y1 <= y2, with a finite area, expected, found "
+            f"{boxes[index].tolist()}"
+        )
     return boxes
 
 

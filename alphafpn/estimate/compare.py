@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
+from alphafpn.display import table
 from alphafpn.estimate.annotations.columns import Annotations
 from alphafpn.estimate.annotations.read import read_annotations
-from alphafpn.display import table
 from alphafpn.estimate.checks import check_clamp
 from alphafpn.estimate.detector_view import DetectorView
 from alphafpn.estimate.for_detector import estimate_view
@@ -146,9 +146,9 @@ def compare_view(
         other.generator = _scaled(view.generator, anchor_scale)
         if any((c[:, 2:] <= c[:, :2]).any() for c in other.generator.cell_anchors):
             continue
-        enlarge = 1 if input_scale == 1 else _enlarge(other)
+        _scale_resize(other, input_scale)
         try:
-            estimate = estimate_view(other, annotations, own.clamp, enlarge)
+            estimate = estimate_view(other, annotations, own.clamp, input_scale)
         except ValueError:  # as the detector itself was counted: two levels are alike now
             continue
         if input_scale == 1 or estimate.mean_size > 1.5 * own.mean_size:
@@ -160,8 +160,6 @@ def compare_view(
 def _scaled(generator: AnchorGenerator, scale: float) -> AnchorGenerator:
     """Makes a generator with `scale` times the sizes; hand-made anchors grow from their centres."""
     other = copy.copy(generator)
-    if scale == 1:
-        return other
     if sizes := _sizes(generator, scale):
         other.cell_anchors = _cells(generator, sizes)
     else:
@@ -189,16 +187,15 @@ def _cells(generator: AnchorGenerator, sizes: tuple[tuple[float, ...], ...]) -> 
     return [generator.generate_anchors(s, r) for s, r in zip(sizes, ratios, strict=False)]
 
 
-def _enlarge(view: DetectorView) -> int:
-    """Doubles what the detector resizes to, or returns how much larger images have to come."""
+def _scale_resize(view: DetectorView, scale: int) -> None:
+    """Makes what the detector resizes to `scale` times as large, if it resizes."""
     if not view.resizes:
-        return 2
+        return
     transform = view.transform = copy.copy(view.transform)
-    transform.min_size = tuple(2 * size for size in transform.min_size)
-    transform.max_size = 2 * transform.max_size
+    transform.min_size = tuple(scale * size for size in transform.min_size)
+    transform.max_size = scale * transform.max_size
     if transform.fixed_size is not None:
-        transform.fixed_size = tuple(2 * side for side in transform.fixed_size)
-    return 1
+        transform.fixed_size = tuple(scale * side for side in transform.fixed_size)
 
 
 def _recall(estimate: AlphaEstimate) -> dict[str, float] | None:

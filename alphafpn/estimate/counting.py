@@ -102,13 +102,13 @@ def count_levels(
     for part in boxes.split(block_size(device)) if isinstance(boxes, Tensor) else boxes:
         start, stop = stop, stop + len(part)
         # The images of this block; the first and the last may lie in others as well.
-        first, last = images_of(ends, start, stop)
-        bounds = ends[first : last + 1].clamp(max=stop)
+        first, end = images_of(ends, start, stop)
+        bounds = ends[first:end].clamp(max=stop)
         lengths = bounds.diff(prepend=torch.tensor([start], device="cpu")).to(device)
         image = torch.repeat_interleave(lengths, output_size=len(part))
         where = None if layout is None else layout.index_select(0, image + first)
         level, iou = matcher.match(part, where)
-        rows = counts.per_image[first : last + 1]
+        rows = counts.per_image[first:end]
         key = image.mul_(num_levels + 1).add_(level)
         rows += torch.bincount(key, minlength=rows.numel()).view_as(rows)
         # The small number makes up for the rounding of an IoU that is a whole hundredth.
@@ -127,7 +127,7 @@ def block_size(device: torch.device) -> int:
 
 
 def images_of(ends: Tensor, start: int, stop: int) -> tuple[int, int]:
-    """Returns the first and the last image that own boxes `start` to `stop`."""
+    """Returns the first image that owns boxes from `start` to `stop`, and the one after the last."""
     boxes = torch.tensor([start, stop - 1], device="cpu")
     first, last = torch.searchsorted(ends, boxes, right=True).tolist()
-    return first, last
+    return first, last + 1

@@ -97,15 +97,15 @@ def _blocks(
     size = block_size(images[0].device) if total else 1
     for start in range(0, total, size):
         stop = min(start + size, total)
-        first, last = images_of(ends, start, stop)
-        pieces = list(images[first : last + 1])
-        pieces[-1] = pieces[-1][: stop - int(ends[last] - sizes[last])]
+        first, end = images_of(ends, start, stop)
+        pieces = list(images[first:end])
+        pieces[-1] = pieces[-1][: stop - int(ends[end - 1] - sizes[end - 1])]
         pieces[0] = pieces[0][start - int(ends[first] - sizes[first]) :]
         block = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         try:
             block = check_boxes(block, "")
         except ValueError:
-            for i in range(first, last + 1):
+            for i in range(first, end):
                 check_boxes(images[i], name.format(members[i]))
             raise
         yield block

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from alphafpn.estimate.checks import check_boxes
+from alphafpn.estimate.checks import check_boxes, check_clamp
 
 
 @pytest.mark.parametrize("shape", [(0,), (1, 0), (0, 4), (0, 0)])
@@ -44,3 +44,14 @@ def test_boxes_in_other_types():
         assert boxes.tolist() == [[1, 2, 1, 4]]
     wanting = torch.tensor([[0.0, 0, 1e20, 1]], requires_grad=True)
     assert not check_boxes(wanting, "here").requires_grad
+
+
+def test_boxes_without_area_are_boxes():
+    boxes = torch.tensor([[0.0, 0, 0, 9], [-2, 3, 5, 3], [1, 1, 1, 1]])
+    assert torch.equal(check_boxes(boxes, "here"), boxes)
+
+
+def test_a_clamp_may_start_at_zero_and_be_a_point():
+    assert check_clamp((0, 2)) == (0.0, 2.0)
+    assert check_clamp([1, 1]) == (1.0, 1.0)
+    assert check_clamp(None) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from alphafpn import compare_anchors, estimate_alpha_for
 from alphafpn.estimate.annotations import read
+from alphafpn.estimate.compare import AnchorComparison
 from alphafpn.tiny import tiny_retinanet
 from tests.anchor_sets import seeds
 from tests.estimate.test_for_detector import (
@@ -76,6 +78,7 @@ def test_the_file_is_read_once_and_the_model_stays(tmp_path, monkeypatch):
     assert len(opened) == 1
     assert_same(snapshot(model), before)
     assert len(found.rows) == 5
+    assert {row.estimate.clamp for row in compare_anchors(model, path).rows} == {(0.2, 2.0)}
     assert {row.estimate.clamp for row in found.rows} == {(0.5, 1.0)}
 
 
@@ -87,6 +90,11 @@ def test_rows_that_cannot_be_built_are_left_out():
 
     # A size of 1 rounds to nothing.
     assert scales(small_detector("fcos", (8, 16, 32, 64))) == [(1, 1), (0.5, 1), (0.25, 1), (1, 2)]
+    # So does the shorter side of 1 / sqrt(2).
+    model = small_detector(sizes=(8, 16, 32, 64))
+    for ratio in (0.5, 2.0):
+        model.anchor_generator = AnchorGenerator(((8,), (16,), (32,), (64,)), ((ratio,),) * 4)
+        assert scales(model) == [(1, 1), (0.5, 1), (0.25, 1), (1, 2)]
     model = small_detector("fcos", (16, 32, 64, 128))
     model.transform = Undone(64, 100, [0.5] * 3, [0.5] * 3)
     assert scales(model) == [(1, 1), (0.5, 1), (0.25, 1), (0.125, 1)]
@@ -162,6 +170,26 @@ def test_the_table():
     assert json.loads(json.dumps(found.to_list(), allow_nan=False)) == found.to_list()
     sizes = found.rows[2].anchor_sizes
     assert AnchorGenerator(sizes, ((1.0,),) * 4).sizes == sizes
+
+
+def test_the_best_fit_is_the_one_that_reaches_half():
+    boxes = torch.tensor([[10.0, 10, 18, 18], [20, 20, 28, 28], [30, 10, 46, 26]])
+    rows = compare_anchors(small_detector("faster", (32, 64, 128, 256)), [((64, 64), boxes)]).rows
+
+    def with_ious(row, *hundredths):
+        histogram = np.bincount(hundredths, minlength=101).tolist()
+        return replace(row, estimate=replace(row.estimate, iou_histogram=tuple(histogram)))
+
+    # More boxes of the second one reach .4, more of the third one .5.
+    fits = with_ious(rows[0], 10, 10, 10), with_ious(rows[1], 45, 45, 60)
+    lines = str(AnchorComparison((*fits, with_ious(rows[2], 30, 55, 60)))).splitlines()
+    assert lines[-1] == "best fit at this input: anchor sizes 8 16 32 64"
+    assert str(AnchorComparison(fits[:1])).endswith("anchor sizes 32 64 128 256")
+    assert "clamp" in str(AnchorComparison(fits[:1]))
+    balanced = replace(fits[0].estimate, counts=(80, 40, 20, 10))
+    assert "clamp" not in str(AnchorComparison((replace(fits[0], estimate=balanced),)))
+    larger = with_ious(rows[4], 99, 99, 99)
+    assert str(AnchorComparison((*fits, larger))).endswith("anchor sizes 16 32 64 128")
 
 
 def test_fcos_has_ranges_and_no_iou():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import random
 
@@ -16,7 +17,13 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
-from alphafpn import AnchorLayout, estimate_alpha, estimate_alpha_for
+from alphafpn import (
+    AlphaEstimate,
+    AnchorLayout,
+    compare_anchors,
+    estimate_alpha,
+    estimate_alpha_for,
+)
 from tests import oracle
 from tests.anchor_sets import seeds
 from tests.detectors import make_faster_rcnn
@@ -388,3 +395,10 @@ def test_boxes_that_reach_beyond_by_more_than_a_pixel_are_counted(side, beyond, 
     box[0, side] += beyond if side > 1 else -beyond
     estimate = estimate_alpha_for(make_faster_rcnn(), [((120, 160), box)])
     assert estimate.num_clipped == clipped
+
+
+@pytest.mark.parametrize("function", [estimate_alpha, estimate_alpha_for, compare_anchors])
+def test_defaults_are_the_same_everywhere(function):
+    parameters = inspect.signature(function).parameters
+    assert parameters["clamp"].default == AlphaEstimate.clamp == (0.2, 2.0)
+    assert "progress" not in parameters or parameters["progress"].default is False

@@ -99,7 +99,7 @@ class GridMatcher:
         self.cells = [like.new_tensor(level.cells) for level in self.levels]
         # The level's code takes the lowest mantissa bits: the finest level has the largest code,
         # so a maximum over levels prefers it among equals.
-        self.code_bits = max(1, (self.num_levels - 1).bit_length())
+        self.code_bits = (self.num_levels - 1).bit_length()
         self._memory = like.new_empty(_Workspace.ROWS, 0)
         self._bound_errors([level for layout in layouts for level in layout])
 

@@ -294,6 +294,134 @@ def test_the_second_look_holds_few_pairs_at_once(monkeypatch):
     assert sum(pairs) > sum(len(anchors) for anchors in layout.anchors())
 
 
+def pairs_of(monkeypatch, matcher, boxes):
+    """How many box-anchor pairs the second look evaluates, call by call."""
+    pairs = []
+    real = grid.pair_iou
+
+    def spy(boxes, anchors):
+        iou = real(boxes, anchors)
+        pairs.append(iou.numel())
+        return iou
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grid, "pair_iou", spy)
+        matcher.match(boxes)
+    return pairs
+
+
+def test_the_second_look_takes_neighbours_of_boxes_in_doubt(monkeypatch):
+    layout = AnchorLayout(
+        [torch.tensor([[-4.0, -4, 4, 4]]), torch.tensor([[-8.0, -8, 8, 8]] * 2)],
+        [8, 16],
+        [(20, 20), (10, 10)],
+        2,
+    )
+    half = 32**0.5  # of the side that is between 8 and 16
+    clear, doubtful = [28.0, 28, 36, 36], [32 - half, 32 - half, 32 + half, 32 + half]
+    matcher = grid_matcher(layout)
+    assert pairs_of(monkeypatch, matcher, torch.tensor([clear] * 5)) == []
+    # Nine positions with one and with two anchors.
+    assert pairs_of(monkeypatch, matcher, torch.tensor([clear, doubtful, doubtful])) == [18, 36]
+    monkeypatch.setattr(grid, "PAIRS", 90)
+    matcher.tolerance = math.inf
+    assert pairs_of(monkeypatch, matcher, torch.tensor([clear] * 20)) == [90, 90, *[90] * 4]
+
+
+def test_only_rival_levels_are_searched_for_anchors_within_the_rounding(monkeypatch):
+    # Strides that are no whole numbers: anchors have rounding of their own.
+    layout = AnchorLayout(
+        [torch.tensor([[-4.0, -4, 4, 4]]), torch.tensor([[-8.0, -8, 8, 8]])],
+        [8.1, 16.2],
+        [(20, 20), (10, 10)],
+        2,
+    )
+    matcher = grid_matcher(layout)
+    matcher.tolerance = math.inf
+    clear, rival = torch.tensor([[28.0, 28, 36, 36]]), torch.tensor([[0.0, 0, 128**0.5, 128**0.5]])
+    assert pairs_of(monkeypatch, matcher, clear) == [9, 9]
+    matcher.anchor_noise = 0.2
+    wide = pairs_of(monkeypatch, matcher, rival)
+    assert wide[:2] == [9, 9]
+    # |11.3 - 8| / 16.2 and |16 - 11.3| / 32.4 are less than one step: two on each side.
+    assert wide[2:] == [25, 25]
+
+
+def test_blocks_bound_the_memory_whatever_the_number_of_cores(monkeypatch):
+    matcher = grid_matcher(far_layout(50))
+    blocks = []
+
+    def record(boxes, layout, level, iou):
+        blocks.append(len(boxes))
+        return level[:0]
+
+    monkeypatch.setattr(matcher, "_match_fast", record)
+    boxes = torch.zeros(1, 4).expand(3_000_000, 4)
+    for threads in (1, 4, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        blocks.clear()
+        matcher.match(boxes)
+        assert sum(blocks) == len(boxes)
+        # Temporaries of 10 MB for each thread, in caches of their own, and 80 MB in all.
+        assert max(blocks) * grid._Workspace.ROWS * 4 < 10_000_000 * min(threads, 8)
+
+
+def test_the_bound_on_the_error_by_hand():
+    eps = torch.finfo(torch.float32).eps
+    # Exact in all arithmetic. Farthest corner 16, shortest side 8: an index is off by 32 eps and
+    # a corner by 16 eps; 4 * 48 eps / 8 on both axes, and for the code of two levels 16 * 2 eps.
+    cells = [torch.tensor([[-16.0, -4, 16, 4]]), torch.tensor([[-16.0, -16, 16, 16], [0, 0, 0, 0]])]
+    matcher = grid_matcher(AnchorLayout(cells, [8, 16], [(10, 20), (5, 10)], 2))
+    assert matcher.exact
+    assert matcher.tolerance == pytest.approx(48 * eps + 32 * eps)
+    assert matcher.tolerance_per_pixel == pytest.approx(2 * 4 * 2 * eps / 8)
+    assert matcher.anchor_noise == 0
+    # The last column is at 90 - 4.5, so no corner is beyond 90 + 8, and an anchor is off by twice
+    # the rounding of that; the centre of a cell by the decimals to which centres are compared.
+    cells = [torch.tensor([[-8.0, -4, 8, 4]]), torch.tensor([[-4.0, -8, 4, 8]])]
+    layout = AnchorLayout(cells, [4.5, 9], [(10, 20), (5, 10)], 2)
+    matcher = grid_matcher(layout)
+    index, corner, anchor = 16 * eps + 1e-4, 8 * eps + 98 * eps, 2 * 98 * eps
+    assert not matcher.exact
+    expected = 2 * (4 * (index + corner) + 6 * anchor) / 8 + 32 * eps
+    assert matcher.tolerance == pytest.approx(expected)
+    assert matcher.anchor_noise == pytest.approx(2 * 4 * 6 * anchor / 8)
+    # Stored anchors keep the rounding of whatever made them: four times as much.
+    stored = [
+        level._replace(anchors=anchors)
+        for level, anchors in zip(layout._levels, layout.anchors(), strict=True)
+    ]
+    matcher = GridMatcher([stored], torch.float32, CPU)
+    expected = 2 * (4 * (index + corner) + 6 * 4 * anchor) / 8 + 32 * eps
+    assert matcher.tolerance == pytest.approx(expected)
+    assert matcher.anchor_noise == pytest.approx(2 * 4 * 6 * 4 * anchor / 8)
+    # Without any area nothing overlaps, and any bound will do.
+    nothing = AnchorLayout([torch.zeros(1, 4)] * 2, [4, 8], [(4, 4), (2, 2)], 2)
+    assert 0 < grid_matcher(nothing).tolerance < 1e-5
+
+
+def test_which_anchors_all_arithmetic_keeps_exact():
+    def exact(cell, stride, size):
+        layout = AnchorLayout([torch.tensor([cell])] * 2, [8, stride], [(2, 2), size], 2)
+        return grid_matcher(layout).exact
+
+    assert exact([-4.125, -4, 4.125, 4], 16, (3, 3))
+    assert not exact([-4.0625, -4, 4.0625, 4], 16, (3, 3))
+    assert not exact([-4.0, -4, 4, 4], 16.5, (3, 3))
+    assert exact([-4.0, -4, 4, 4], 16, (1, 65_535))
+    assert not exact([-16.0, -4, 4, 4], 16, (1, 65_535))
+
+
+def test_centres_that_only_rounding_parts_are_one():
+    def groups(*shifts):
+        cells = [(-4.0 + x, -4.0 + y, 4.0 + x, 4.0 + y) for x, y in shifts]
+        return [len(shapes[0][1]) for _, shapes in grid._by_centre(cells)]
+
+    assert groups((0, 0), (2e-5, 0), (0, 2e-5)) == [3]
+    assert groups((0, 0), (2e-4, 0), (0, 2e-4)) == [1, 1, 1]
+    assert groups((1, 0), (0, 0), (1, 0)) == [1, 2]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_finds_what_the_cpu_finds():
     rng = np.random.default_rng(3)
