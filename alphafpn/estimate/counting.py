@@ -127,7 +127,7 @@ def block_size(device: torch.device) -> int:
 
 
 def images_of(ends: Tensor, start: int, stop: int) -> tuple[int, int]:
-    """Returns the first image that owns boxes from `start` to `stop`, and the one after the last."""
+    """Returns the first image with boxes from `start` to `stop`, and the one after the last."""
     boxes = torch.tensor([start, stop - 1], device="cpu")
     first, last = torch.searchsorted(ends, boxes, right=True).tolist()
     return first, last + 1

@@ -52,7 +52,7 @@ class DetectorView:
         if not pyramids:
             raise TypeError(f"no FeaturePyramidNetwork in the backbone of {name}")
         self.transform: Any = copy.copy(transform)
-        self.num_channels = len(getattr(transform, "image_mean", (0, 0, 0)))
+        self.num_channels = len(getattr(transform, "image_mean", "RGB"))
         self.generator = generator
         self.num_fused_levels = len(pyramids[0].inner_blocks)
         self.is_fcos = isinstance(model, FCOS)
@@ -121,7 +121,7 @@ class DetectorView:
                 batch, _ = transform.forward([torch.empty(shape, device="meta")], None)
             except Exception:  # of code that needs data
                 batch, _ = transform.forward([torch.zeros(shape)], None)
-        (height, width), padded = batch.image_sizes[0], batch.tensors.shape[-2:]
+        (height, width), padded = batch.image_sizes[0], batch.tensors.shape[2:]
         return (int(height), int(width)), (int(padded[0]), int(padded[1]))
 
     @property

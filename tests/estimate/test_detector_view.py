@@ -157,10 +157,12 @@ class Unregistered(BackboneWithFPN):
 
 def test_a_backbone_that_treats_rows_and_columns_differently():
     model = small_retinanet(small_backbone(cls=Oblong), 4, min_size=64, max_size=160)
-    view = DetectorView(model)
-    for size in ((64, 64), (64, 96), (160, 96), (96, 160)):
-        layout = AnchorLayout(*view.anchor_grids(view.frame(size)[1]))
-        assert torch.equal(torch.cat(layout.anchors()), generated(model, size))
+    sizes = ((64, 64), (64, 96), (160, 96), (96, 160))
+    for some in (sizes, sizes[::-1]):
+        view = DetectorView(model)
+        for size in some:
+            layout = AnchorLayout(*view.anchor_grids(view.frame(size)[1]))
+            assert torch.equal(torch.cat(layout.anchors()), generated(model, size))
 
 
 def test_a_backbone_with_a_single_map_is_of_one_level_and_refused():
@@ -208,9 +210,16 @@ def test_hooks_are_not_called():
     assert len(model.backbone.fpn._forward_hooks) == 2
 
 
+def test_shapes_come_without_data():
+    view = DetectorView(small_retinanet(levels=4))
+    assert all(tensor.is_meta for tensor in view._clone.state_dict().values())
+
+
 def test_wrapped_detectors():
     model = small_retinanet(levels=4)
     expected = AnchorLayout.from_detector(model, (70, 90)).anchors()
+    # No wrapper, though it has a part of that name.
+    model.module = nn.Identity()
     compiled_backbone = small_retinanet(levels=4)
     compiled_backbone.backbone = torch.compile(compiled_backbone.backbone)
     for wrapped in (
@@ -393,6 +402,10 @@ def test_image_sizes_that_are_refused(size, error, message):
         AnchorLayout.from_detector(small_retinanet(levels=4), size)
 
 
+def test_an_image_may_be_one_pixel_high():
+    assert DetectorView(small_retinanet(levels=4)).frame((1, 100)) == ((1, 100), (32, 128))
+
+
 def test_models_that_are_refused():
     with torch.device("meta"):
         ssd = detection.ssd300_vgg16(weights=None, weights_backbone=None)
@@ -407,7 +420,13 @@ def test_models_that_are_refused():
     shifted.anchor_generator = Shifted()
     patched = small_retinanet(levels=4)
     patched.anchor_generator.forward = lambda *_: []
+    transform_only, backbone_only = nn.Module(), nn.Module()
+    transform_only.transform, backbone_only.backbone = shifted.transform, shifted.backbone
+    for part in (transform_only, backbone_only):
+        part.anchor_generator = AnchorGenerator()
     for model, message in (
+        (transform_only, "found Module without transform or backbone"),
+        (backbone_only, "found Module without transform or backbone"),
         (ssd, "SSD with DefaultBoxGenerator"),
         (nn.Linear(2, 2), "found Linear without transform or backbone"),
         (None, "found NoneType"),
