@@ -92,7 +92,9 @@ def test_estimate_alpha(benchmark: Any, record: Any, device: str, shapes: int) -
     per_image = list(all_boxes.split(7))
     counts = torch.tensor([len(b) for b in per_image])
     found = matcher(lay, device)
-    inner = repeat(lambda: count_levels(found, all_boxes, counts, 5), device)
+    inner = repeat(
+        lambda: count_levels(found, all_boxes, counts, 5, torch.zeros_like(counts)), device
+    )
     times = repeat(lambda: estimate_alpha(lay, per_image), device)
     benchmark.pedantic(lambda: estimate_alpha(lay, per_image), rounds=3)
     record(
@@ -189,7 +191,10 @@ def test_many_shapes_of_images(benchmark: Any, record: Any, device: str) -> None
         return count_levels(many, scaled, counts, 5, which)
 
     pairs = interleave(
-        lambda: count_levels(one, all_boxes, counts, 5), run_many, device=device, seconds=4
+        lambda: count_levels(one, all_boxes, counts, 5, torch.zeros_like(counts)),
+        run_many,
+        device=device,
+        seconds=4,
     )
     benchmark.pedantic(run_many, rounds=3)
     record("shapes/300 against 1", device, **pairs.summary())
@@ -210,8 +215,12 @@ def test_number_of_anchors(benchmark: Any, record: Any, factor: float) -> None:
 def test_number_of_boxes(benchmark: Any, record: Any, device: str, count: int) -> None:
     found, all_boxes = matcher(layout(3), device), boxes(count, device=device)
     counts = torch.full((count // 10,), 10)
-    times = repeat(lambda: count_levels(found, all_boxes, counts, 5), device, 1.0)
-    benchmark.pedantic(lambda: count_levels(found, all_boxes, counts, 5), rounds=3)
+    times = repeat(
+        lambda: count_levels(found, all_boxes, counts, 5, torch.zeros_like(counts)), device, 1.0
+    )
+    benchmark.pedantic(
+        lambda: count_levels(found, all_boxes, counts, 5, torch.zeros_like(counts)), rounds=3
+    )
     record(
         f"boxes/{count:,}",
         device,

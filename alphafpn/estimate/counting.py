@@ -78,7 +78,7 @@ def count_levels(
     boxes: Tensor | Iterable[Tensor],
     sizes: Tensor,
     num_levels: int,
-    layout: Tensor | None = None,
+    layout: Tensor,
 ) -> LevelCounts:
     """Matches and adds up, block by block.
 
@@ -87,7 +87,7 @@ def count_levels(
         boxes: [G, 4] xyxy, image after image; or in pieces, wherever they are cut.
         sizes: Boxes per image, int64 [M] on the CPU, with sum G.
         num_levels: L.
-        layout: Which of the matcher's layouts each image has, int64 [M]; None if there is one.
+        layout: Which of the matcher's layouts each image has, int64 [M].
     """
     device = matcher.device
     counts = LevelCounts(
@@ -96,7 +96,7 @@ def count_levels(
         torch.zeros(num_levels + 1, dtype=torch.float64, device=device),
         torch.zeros((), dtype=torch.float64, device=device),
     )
-    layout = None if layout is None else layout.to(device)
+    layout = layout.to(device)
     ends = sizes.cumsum(0)
     stop = 0
     for part in boxes.split(block_size(device)) if isinstance(boxes, Tensor) else boxes:
@@ -106,8 +106,7 @@ def count_levels(
         bounds = ends[first:end].clamp(max=stop)
         lengths = bounds.diff(prepend=torch.tensor([start], device="cpu")).to(device)
         image = torch.repeat_interleave(lengths, output_size=len(part))
-        where = None if layout is None else layout.index_select(0, image + first)
-        level, iou = matcher.match(part, where)
+        level, iou = matcher.match(part, layout.index_select(0, image + first))
         rows = counts.per_image[first:end]
         key = image.mul_(num_levels + 1).add_(level)
         rows += torch.bincount(key, minlength=rows.numel()).view_as(rows)

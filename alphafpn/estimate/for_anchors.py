@@ -74,14 +74,10 @@ def estimate_alpha(
     estimates = []
     for family in _families(kinds):
         members = np.flatnonzero(np.isin(kind_of_image, family))
-        chosen, sizes = images, all_sizes
-        if len(members) < len(images):
-            chosen, sizes = [images[i] for i in members], all_sizes[members]
+        chosen, sizes = [images[i] for i in members], all_sizes[members]
         dtype = _dtype([*chosen, *(level for k in family for level in _tensors(kinds[k]))])
         matcher = _matcher([kinds[k] for k in family], dtype, device)
-        layout = None
-        if len(family) > 1:
-            layout = torch.from_numpy(np.searchsorted(family, kind_of_image[members]))
+        layout = torch.from_numpy(np.searchsorted(family, kind_of_image[members]))
         blocks = _blocks(chosen, sizes, name, members)
         counts = count_levels(matcher, blocks, sizes, num_levels, layout)
         estimates.append(counts.estimate(num_fused_levels, clamp, int(sizes.sum()), **description))

@@ -92,7 +92,7 @@ def estimate_view(
             boxes,
             torch.from_numpy(annotations.counts),
             len(layouts[0].cell_anchors),
-            layout if len(layouts) > 1 else None,
+            layout,
         )
         counts = found if counts is None else counts + found
     assert counts is not None
@@ -138,8 +138,6 @@ def _layouts(
 
 def _resized(annotations: Annotations, scale: np.ndarray[Any, np.dtype[np.float32]]) -> Tensor:
     """Returns boxes [G, 4] in pixels of the resized images."""
-    if (scale == 1).all():
-        return torch.from_numpy(annotations.boxes)
     factors = torch.from_numpy(np.ascontiguousarray(scale[:, ::-1]).repeat(2, axis=0))
     # One row (x, y, x, y) per image, then one per box.
     rows = factors.view(-1, 4).repeat_interleave(torch.from_numpy(annotations.counts), 0)

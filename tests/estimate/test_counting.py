@@ -10,6 +10,7 @@ from alphafpn.estimate import counting
 from alphafpn.estimate.counting import count_levels, images_of
 
 NUM_LEVELS = 3
+ONE = torch.tensor([0])
 
 
 class FromBoxes:
@@ -20,10 +21,9 @@ class FromBoxes:
     def __init__(self):
         self.lengths = []
 
-    def match(self, boxes, layout=None):
+    def match(self, boxes, layout):
         self.lengths.append(len(boxes))
-        level = boxes[:, 0].long()
-        return level if layout is None else (level + layout) % (NUM_LEVELS + 1), boxes[:, 1]
+        return (boxes[:, 0].long() + layout) % (NUM_LEVELS + 1), boxes[:, 1]
 
 
 @pytest.fixture
@@ -38,20 +38,17 @@ def drawn():
     return boxes, sizes
 
 
-@pytest.mark.parametrize("with_layout", [False, True])
 @pytest.mark.parametrize("block", [1, 2, 5, 28, 100])
-def test_blocks_add_up_to_a_count_of_every_image(drawn, monkeypatch, block, with_layout):
+def test_blocks_add_up_to_a_count_of_every_image(drawn, monkeypatch, block):
     boxes, sizes = drawn
     monkeypatch.setattr(counting, "BLOCK", {"cpu": block, "other": 0})
-    layout = torch.arange(len(sizes)) % 3 if with_layout else None
+    layout = torch.arange(len(sizes)) % 3
     matcher = FromBoxes()
     found = count_levels(matcher, boxes, sizes, NUM_LEVELS, layout)
     assert max(matcher.lengths) == min(block, len(boxes))
     assert sum(matcher.lengths) == len(boxes)
     image = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-    level = boxes[:, 0].long()
-    if layout is not None:
-        level = (level + layout[image]) % 4
+    level = (boxes[:, 0].long() + layout[image]) % 4
     expected = torch.zeros(len(sizes), 4, dtype=torch.int64)
     iou_sums = [Fraction(0)] * 4
     for i, j, iou in zip(image.tolist(), level.tolist(), boxes[:, 1].tolist(), strict=True):
@@ -67,10 +64,10 @@ def test_hundredths_of_iou_belong_to_their_bin():
     for dtype in (torch.float32, torch.float64):
         boxes = torch.zeros(101, 4, dtype=dtype)
         boxes[:, 1] = hundredths.to(dtype) / 100
-        found = count_levels(FromBoxes(), boxes, torch.tensor([101]), NUM_LEVELS)
+        found = count_levels(FromBoxes(), boxes, torch.tensor([101]), NUM_LEVELS, ONE)
         assert found.histogram.tolist() == [1] * 101
     boxes[:, 1] -= 0.001
-    found = count_levels(FromBoxes(), boxes[1:], torch.tensor([100]), NUM_LEVELS)
+    found = count_levels(FromBoxes(), boxes[1:], torch.tensor([100]), NUM_LEVELS, ONE)
     assert found.histogram.tolist() == [1] * 100 + [0]
 
 
@@ -88,7 +85,7 @@ def test_a_device_has_its_own_block():
 
 def test_sizes_of_input_add_up(drawn):
     boxes, sizes = drawn
-    once = count_levels(FromBoxes(), boxes, sizes, NUM_LEVELS)
+    once = count_levels(FromBoxes(), boxes, sizes, NUM_LEVELS, torch.zeros_like(sizes))
     twice = once + once
     assert (once.num_sizes, twice.num_sizes) == (1, 2)
     assert torch.equal(twice.per_image, 2 * once.per_image)

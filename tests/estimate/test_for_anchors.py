@@ -16,6 +16,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from alphafpn import AnchorLayout, estimate_alpha
 from alphafpn.estimate import counting, for_anchors
+from alphafpn.estimate.anchors.grids import recognise_grid
 from alphafpn.estimate.matching import grid
 from alphafpn.estimate.matching.grid import GridMatcher
 from alphafpn.estimate.matching.search import SearchMatcher
@@ -124,6 +125,21 @@ def test_anchors_of_their_own_for_each_image(seed, kind, others):
     images = clear_only(levels, images)
     estimate = estimate_distinct(anchors, images, num_fused_levels=2)
     assert_equals_algorithm_1(estimate, levels, images)
+
+
+def test_anchors_with_rounding_of_their_own_are_not_taken_for_each_other():
+    # The same cells on grids of different strides, with noise of their own.
+    cells = [cell_anchors([(12, 12)], [(2, 2)]), cell_anchors([(24, 24)], [(2, 2)])]
+    levels = []
+    for stride in (10.1, 17.3):
+        layout = AnchorLayout(cells, [stride, 2 * stride], [(9, 9), (5, 5)], 2)
+        noise = np.random.default_rng(0).integers(-1, 2, (81, 1)) * 2.0**-20
+        levels.append([a + torch.tensor(noise[: len(a)]).float() for a in layout.anchors()])
+        levels[-1] = [torch.cat([c, a[1:]]) for c, a in zip(cells, levels[-1], strict=True)]
+        assert all(recognise_grid(a).anchors is a for a in levels[-1])
+    rng = np.random.default_rng(1)
+    images = clear_only(levels, [draw_boxes(rng, layout, 40) for _ in levels])
+    assert_equals_algorithm_1(estimate_alpha(levels, images, num_fused_levels=2), levels, images)
 
 
 def test_equal_layouts_are_matched_together(monkeypatch):

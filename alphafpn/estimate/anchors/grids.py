@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -40,10 +41,9 @@ def recognise_grid(anchors: Tensor) -> GridLevel | None:
         return None
     low, high = torch.stack(anchors.aminmax()).tolist()
     slack = 4 * torch.finfo(anchors.dtype).eps * max(-low, high, 1.0)
-    # The next position starts with a copy of the first anchor, to the right of it or below.
+    # The next position starts with a copy of the first anchor.
     moved = anchors[1 : MAX_CELLS + 1] - anchors[0]
     copies = ((moved[:, :2] - moved[:, 2:]).abs() <= slack).all(1)
-    copies &= ((moved > slack) | (moved.abs() <= slack)).all(1) & (moved.abs() <= slack).any(1)
     candidates = [int(i) + 1 for i in copies.nonzero()]
     if len(anchors) <= MAX_CELLS:
         candidates.append(len(anchors))
@@ -68,7 +68,8 @@ def _grid_of(anchors: Tensor, num_cells: int, slack: float) -> GridLevel | None:
         steps = size[d] - 1
         step = float(last - cells[0, 1 - d]) / steps if steps else 1.0
         # Anchors are often sums of whole strides, so a step that may be whole is.
-        if round(step) and abs(step - round(step)) * steps <= slack:
+        whole = round(step) * steps
+        if round(step) and math.isclose(step * steps, whole, rel_tol=0, abs_tol=slack):
             step = float(round(step))
         if step <= 0:
             return None

@@ -93,11 +93,19 @@ def test_what_is_no_grid():
 def test_rounding_noise_is_still_a_grid():
     cells = cell_anchors([(12.465, 6.232), (8.31, 10.388)], [(2, 2)] * 2)
     layout = AnchorLayout([cells] * 2, [4, 4], [(30, 300)] * 2, 2)
-    for shift in (0.1, 1000.7, 32_000.3):
+    for shift in (0.1, 1000.7, 32_000.3, -5000.7):
         anchors = layout.anchors()[0] + shift
         grid = recognise_grid(anchors)
         assert (grid.size, grid.stride) == ((30, 300), (4.0, 4.0))
         assert grid.anchors is anchors
+
+
+def test_up_to_64_cell_anchors_are_looked_for():
+    for count in (63, 64, 65):
+        shapes = [(8 + i, 100 - i) for i in range(count)]
+        layout = AnchorLayout([cell_anchors(shapes, [(0, 0)] * count)] * 2, [8, 8], [(3, 4)] * 2, 2)
+        grid = recognise_grid(layout.anchors()[0])
+        assert (grid is not None) == (count <= 64)
 
 
 def test_a_stride_that_is_no_whole_number():
