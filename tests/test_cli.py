@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from torchvision.models import detection
 
-from alphafpn import compare_anchors, estimate_alpha_for
+from alphafpn import __version__, compare_anchors, estimate_alpha_for
 from alphafpn.cli import main
 from tests.malformed import MALFORMED, annotation, coco
 
@@ -221,3 +222,12 @@ def test_the_demo_prints_its_outcome_and_says_what_it_shows(monkeypatch, capsys,
         "Not shown: more.",
         f"see {tmp_path / 'demo.png'}",
     ]
+
+
+def test_the_package_runs_as_a_program_and_only_then(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["alphafpn", "--version"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("alphafpn", run_name="__main__")
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"alphafpn {__version__}\n"
+    runpy.run_module("alphafpn.__main__", run_name="alphafpn.__main__")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,14 +48,13 @@ def _grid_contains(fine: GridLevel, coarse: GridLevel) -> bool:
 
 def _lies_on(cell: Cell, coarse: GridLevel, fine: GridLevel) -> bool:
     """Whether all copies of `cell` on the grid `coarse` are anchors of `fine`."""
-    return any(
-        all(
-            abs((cell[d + 2] - cell[d]) - (other[d + 2] - other[d])) < 1e-4
-            and _steps_fit(cell[d] - other[d], coarse, fine, 1 - d)
-            for d in (0, 1)
-        )
-        for other in fine.cells
-    )
+    for other in fine.cells:
+        low, high = np.subtract(cell, other).reshape(2, 2)
+        if np.allclose(low, high, atol=1e-4) and all(
+            _steps_fit(float(low[d]), coarse, fine, 1 - d) for d in (0, 1)
+        ):
+            return True
+    return False
 
 
 def _steps_fit(offset: float, coarse: GridLevel, fine: GridLevel, d: int) -> bool:

@@ -329,6 +329,21 @@ def test_all_reduce_without_other_processes(tmp_path):
         distributed.destroy_process_group()
 
 
+def test_all_reduce_merges_what_all_processes_gave(monkeypatch):
+    shards = [estimate_of([[3, 2, 1]]), estimate_of([[5, 0, 7], [1, 1, 1]])]
+
+    def gather(into, own):
+        assert own is shards[0]
+        into[:] = shards
+
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_gather_object", gather)
+    assert shards[0].all_reduce() == shards[0].merge(shards[1])
+    monkeypatch.setattr(distributed, "is_available", lambda: False)
+    assert shards[0].all_reduce() is shards[0]
+
+
 # JSON
 
 
