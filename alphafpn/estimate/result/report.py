@@ -116,7 +116,7 @@ def _fits_badly(estimate: LevelStatistics) -> bool:
 
 
 def _level_rows(estimate: LevelStatistics) -> list[tuple[str, ...]]:
-    total = max(1, estimate.num_boxes * estimate.num_sizes)
+    total = estimate.num_boxes * estimate.num_sizes
     rows: list[tuple[str, ...]] = []
     for i, name in enumerate(estimate.level_names):
         iou = estimate.mean_iou[i]
@@ -126,7 +126,7 @@ def _level_rows(estimate: LevelStatistics) -> list[tuple[str, ...]]:
                 f"{estimate.strides[i]:g}" if estimate.strides else "-",
                 str(estimate.anchors_per_cell[i]) if estimate.anchors_per_cell else "-",
                 f"{estimate.counts[i]:,}",
-                f"{estimate.counts[i] / total:.1%}",
+                f"{estimate.counts[i] / total if total else 0:.1%}",
                 "-" if math.isnan(iou) or estimate.iou_histogram is None else f"{iou:.2f}",
             )
         )

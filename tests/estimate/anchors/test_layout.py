@@ -83,6 +83,7 @@ def test_level_names(strides, names, expected):
         ({"num_fused_levels": 1}, ValueError, "found 1"),
         ({"num_fused_levels": 2.0}, TypeError, "num_fused_levels: an int expected, found 2.0"),
         ({"strides": [8, 0]}, ValueError, r"strides\[1\]: positive"),
+        ({"strides": [8, math.inf]}, ValueError, r"strides\[1\]: positive"),
         ({"strides": [8, (8, math.nan)]}, ValueError, r"strides\[1\]: positive"),
         ({"strides": ["ab", 8]}, TypeError, r"strides\[0\]: a number or \(y, x\) .*'ab'"),
         ({"strides": [8, (1, 2, 3)]}, TypeError, r"strides\[1\]"),
@@ -105,6 +106,15 @@ def test_layouts_that_are_refused(change, error, message):
     AnchorLayout(**parts)
     with pytest.raises(error, match=message):
         AnchorLayout(**{**parts, **change})
+
+
+def test_cell_anchors_become_floats_and_a_tuple_of_its_own():
+    cells = [CELL.int(), 2 * CELL]
+    layout = AnchorLayout(cells, [8, 16], [(2, 3)] * 2, 2)
+    cells[1] = 9 * CELL
+    assert isinstance(layout.cell_anchors, tuple)
+    assert torch.equal(torch.cat(list(layout.cell_anchors)), torch.cat([CELL, 2 * CELL]))
+    assert all(anchors.dtype == torch.float32 for anchors in layout.anchors())
 
 
 def test_from_tensors():

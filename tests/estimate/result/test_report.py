@@ -127,7 +127,8 @@ def test_boxes_in_another_format():
     (text,) = warnings(cut)
     assert text.startswith("11% of the boxes reach beyond their image")
     assert warnings(estimate_of((90, 60, 20), num_clipped=17, left_out={"crowd": 50})) == []
-    assert "smaller than a pixel" in warnings(estimate_of((90, 60, 20), size_sum=170 * 1000))[0]
+    assert "smaller than a pixel" in warnings(estimate_of((90, 60, 20), size_sum=170 * 1023))[0]
+    assert warnings(estimate_of((90, 60, 20), size_sum=170 * 1024)) == []
 
 
 def test_levels_without_objects():
@@ -142,6 +143,7 @@ def test_nothing_counted():
     assert warnings(estimate) == ["no boxes were counted: all factors are 1"]
     text = estimate.summary()
     assert text.count("no objects") == 1
+    assert text.count("0.0%") == 3
     assert "0 boxes on 50 images\n" in text
 
 
