@@ -442,3 +442,4 @@ def test_result_is_frozen():
     result = gradient_shares(ByHand([1.0, 1.0, 1.0]), IMAGES, [{}, {}])
     with pytest.raises(AttributeError):
         result.norms = result.norms
+    assert result in {result}

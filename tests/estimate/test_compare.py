@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -76,6 +76,10 @@ def test_the_file_is_read_once_and_the_model_stays(tmp_path, monkeypatch):
     before = snapshot(model)
     found = compare_anchors(model, [path], category_ids=[1], clamp=(0.5, 1))
     assert len(opened) == 1
+    with pytest.raises(FrozenInstanceError):
+        found.rows = ()
+    with pytest.raises(FrozenInstanceError):
+        found.rows[0].input_scale = 2
     assert_same(snapshot(model), before)
     assert len(found.rows) == 5
     assert {row.estimate.clamp for row in compare_anchors(model, path).rows} == {(0.2, 2.0)}

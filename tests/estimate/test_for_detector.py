@@ -282,6 +282,9 @@ def test_crowded_images_and_what_was_left_out(tmp_path):
     estimate = estimate_alpha_for(model, path, clamp=None)
     assert (estimate.num_crowded, estimate.detections_per_image) == (1, 3)
     assert estimate.left_out == {"crowd": 1}
+    # As many as it may return are not too many.
+    model.roi_heads.detections_per_img = 8
+    assert estimate_alpha_for(model, path).num_crowded == 0
     assert estimate.num_clipped == 0
     assert (estimate.num_boxes, estimate.num_images) == (10, 2)
     assert estimate.clamp is None

@@ -8,6 +8,7 @@ from statistics import NormalDist
 from typing import Annotated
 
 import msgspec
+import numpy as np
 
 # IoU and object size are summed in whole units of these, so that sums of shards are exact.
 IOU_UNIT = 2.0**-20
@@ -110,8 +111,8 @@ class LevelStatistics:
             variance *= self.num_images / (self.num_images - 1)
             half = z * math.sqrt(max(variance, 0.0))
             ratio = x / y
-            # Beyond the largest float a bound tells nothing.
-            spread = math.exp(half) if half < 700 else math.inf
+            with np.errstate(over="ignore"):  # beyond the largest float a bound tells nothing
+                spread = float(np.exp(half))
             result.append((ratio / spread, ratio * spread))
         return tuple(result)
 

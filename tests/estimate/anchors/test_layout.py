@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
 
@@ -115,6 +116,14 @@ def test_cell_anchors_become_floats_and_a_tuple_of_its_own():
     assert isinstance(layout.cell_anchors, tuple)
     assert torch.equal(torch.cat(list(layout.cell_anchors)), torch.cat([CELL, 2 * CELL]))
     assert all(anchors.dtype == torch.float32 for anchors in layout.anchors())
+
+
+def test_a_layout_is_immutable_and_equal_to_itself_alone():
+    layout, other = (AnchorLayout([CELL] * 2, [8, 16], [(2, 3)] * 2, 2) for _ in range(2))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        layout.num_fused_levels = 3
+    assert layout in {layout}
+    assert layout != other
 
 
 def test_from_tensors():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from statistics import NormalDist
 
@@ -82,6 +83,30 @@ def test_alpha_is_finite_and_within_the_clamp(table):
             assert a == min(max(r, 0.2), 2.0)
 
 
+def test_what_is_not_given_was_not_counted():
+    estimate = AlphaEstimate((3, 2, 1), ((0,) * 3,) * 3, ("P2", "P3", "P4"), 2, 5, 6, 0)
+    defaults = {
+        field.name: getattr(estimate, field.name) for field in dataclasses.fields(estimate)[7:]
+    }
+    assert defaults == {
+        "num_sizes": 1,
+        "clamp": (0.2, 2.0),
+        "iou_histogram": None,
+        "iou_sums": (),
+        "size_sum": 0,
+        "strides": (),
+        "anchors_per_cell": (),
+        "left_out": {},
+        "num_clipped": 0,
+        "detections_per_image": None,
+        "num_crowded": 0,
+    }
+    for number in ("counts", "num_images", "num_boxes", "num_unmatched", "num_sizes", "size_sum"):
+        wrong = -1 if number != "counts" else [3, 2, -1]
+        with pytest.raises(ValueError, match=">= 0"):
+            AlphaEstimate.from_dict({**estimate.to_dict(), number: wrong})
+
+
 # Confidence
 
 
@@ -95,6 +120,7 @@ def test_the_interval_by_hand():
     assert estimate.confidence_interval() == (
         pytest.approx((math.exp(-half), math.exp(half)), rel=1e-12),
     )
+    assert estimate.confidence_interval() == estimate.confidence_interval(0.95)
     half = NormalDist().inv_cdf(0.9) * math.sqrt(2 / 18)
     assert estimate.confidence_interval(0.8)[0][1] == pytest.approx(math.exp(half), rel=1e-12)
 
