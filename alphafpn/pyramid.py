@@ -227,8 +227,8 @@ def make_factors(
     They take dtype and device of the weights of `fpn`; `where` is what errors call `alpha`. Raises
     what `AlphaFeaturePyramidNetwork` raises.
     """
-    weight = next(fpn.inner_blocks.parameters(), torch.empty(0))
-    edges = max(len(fpn.inner_blocks) - 1, 0)
+    weight = next(fpn.inner_blocks.parameters(), torch.tensor([]))
+    edges = max(len(fpn.inner_blocks), 1) - 1
     init = alpha.init if isinstance(alpha, LearnableAlpha | AttentionAlpha) else alpha
     values = _numbers(init, where)
     values = values if isinstance(values, list) else [values] * edges

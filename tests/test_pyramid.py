@@ -348,6 +348,15 @@ def test_factors_for_a_single_level_are_refused():
         make_alpha([0.5], levels=1)
 
 
+def test_a_pyramid_without_levels_has_no_factors():
+    assert AlphaFeaturePyramidNetwork([], 4, alpha=0.5).alpha.shape == (0,)
+
+
+def test_the_largest_number_is_a_factor():
+    largest = torch.finfo(torch.float32).max
+    assert make_alpha([0.5, -largest, largest]).alpha.tolist() == [0.5, -largest, largest]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39])
 @pytest.mark.parametrize("kind", [list, LearnableAlpha, AttentionAlpha])
 def test_a_factor_that_is_not_finite_is_named_by_its_levels(kind, value):
