@@ -264,8 +264,8 @@ class GridMatcher:
         reach = [1, 1]
         if wide:
             for d, axis in enumerate(axes):
-                side = boxes[:, d + 2, None] - boxes[:, d, None]
-                spare = (side - (cells[:, d + 2] - cells[:, d])).abs().amax(1)
+                side = boxes[:, 2 + d, None] - boxes[:, d, None]
+                spare = (side - (cells[:, 2 + d] - cells[:, d])).abs().amax(1)
                 steps = torch.minimum(spare / (2 * axis.strides[layout]), axis.lasts[layout])
                 reach[d] += math.ceil(float(steps.amax()))
         window = torch.cartesian_prod(
@@ -287,8 +287,8 @@ class GridMatcher:
         """Computes grid indices [B, steps, cells] so many `steps` from the nearest one."""
         cells, axis = self.cells[i], self.axes[i][d]
         stride, last = axis.strides[layout, None, None], axis.lasts[layout, None, None]
-        total = boxes[:, d, None, None].to(self.dtype) + boxes[:, d + 2, None, None]
-        nearest = ((total - (cells[:, d] + cells[:, d + 2])) / (2 * stride)).round_()
+        total = boxes[:, d, None, None].to(self.dtype) + boxes[:, 2 + d, None, None]
+        nearest = ((total - (cells[:, d] + cells[:, 2 + d])) / (2 * stride)).round_()
         index = torch.minimum(nearest.clamp_(min=0), last) + steps
         return torch.minimum(index.clamp_(min=0), last)
 

@@ -323,9 +323,15 @@ def test_the_second_look_takes_neighbours_of_boxes_in_doubt(monkeypatch):
     assert pairs_of(monkeypatch, matcher, torch.tensor([clear] * 5)) == []
     # Nine positions with one and with two anchors.
     assert pairs_of(monkeypatch, matcher, torch.tensor([clear, doubtful, doubtful])) == [18, 36]
-    monkeypatch.setattr(grid, "PAIRS", 90)
+    # Blocks of boxes, and where one box has too many, of positions.
     matcher.tolerance = math.inf
-    assert pairs_of(monkeypatch, matcher, torch.tensor([clear] * 20)) == [90, 90, *[90] * 4]
+    for limit, count, expected in (
+        (90, 20, [90, 90] + [90] * 4),
+        (10, 1, [9, 10, 8]),
+        (1, 1, [1] * 9 + [2] * 9),
+    ):
+        monkeypatch.setattr(grid, "PAIRS", limit)
+        assert pairs_of(monkeypatch, matcher, torch.tensor([clear] * count)) == expected
 
 
 def test_only_rival_levels_are_searched_for_anchors_within_the_rounding(monkeypatch):
@@ -339,12 +345,20 @@ def test_only_rival_levels_are_searched_for_anchors_within_the_rounding(monkeypa
     matcher = grid_matcher(layout)
     matcher.tolerance = math.inf
     clear, rival = torch.tensor([[28.0, 28, 36, 36]]), torch.tensor([[0.0, 0, 128**0.5, 128**0.5]])
-    assert pairs_of(monkeypatch, matcher, clear) == [9, 9]
+    far = clear - 1000
+    assert pairs_of(monkeypatch, matcher, torch.cat([clear, far])) == [18, 18]
     matcher.anchor_noise = 0.2
     wide = pairs_of(monkeypatch, matcher, rival)
     assert wide[:2] == [9, 9]
     # |11.3 - 8| / 16.2 and |16 - 11.3| / 32.4 are less than one step: two on each side.
     assert wide[2:] == [25, 25]
+    # Of different sizes, in blocks: those of similar size together, each with windows of its own.
+    monkeypatch.setattr(grid, "SEARCH_ROWS", 2)
+    matcher.anchor_noise = 1.0
+    boxes = [[x, x, x + side, x + side] for x, side in ((90.0, 30), (0, 9), (60, 40), (30, 8))]
+    # (40 - 8) / 16.2 and (40 - 16) / 32.4 are two steps, and one step.
+    wide = pairs_of(monkeypatch, matcher, torch.tensor(boxes))[2:]
+    assert wide == [2 * 25, 2 * 49, 2 * 25, 2 * 25]
 
 
 def test_blocks_bound_the_memory_whatever_the_number_of_cores(monkeypatch):
@@ -366,6 +380,35 @@ def test_blocks_bound_the_memory_whatever_the_number_of_cores(monkeypatch):
         assert max(blocks) * grid._Workspace.ROWS * 4 < 10_000_000 * min(threads, 8)
 
 
+def test_memory_is_kept_from_call_to_call():
+    matcher = grid_matcher(far_layout(50))
+    boxes = torch.rand(40, 4).cumsum(1)
+    matcher.match(boxes)
+    memory = matcher._memory
+    matcher.match(boxes)
+    matcher.match(boxes[:7])
+    assert matcher._memory is memory
+    matcher.match(torch.cat([boxes, boxes]))
+    assert matcher._memory.shape == (grid._Workspace.ROWS, 80)
+
+
+@pytest.mark.parametrize(("size", "corner"), [((8, 500), (900.0, 4.0)), ((500, 8), (4.0, 700.0))])
+def test_doubt_grows_with_the_distance_from_the_origin(size, corner):
+    cells = [torch.tensor([[-4.0, -4, 4, 4]]), torch.tensor([[-8.0, -8, 8, 8]])]
+    layout = AnchorLayout(cells, [4, 4], [size, size], 2)
+    boxes = torch.tensor([[*corner, corner[0] + 9, corner[1] + 10]])
+    ((first, second),) = oracle.level_ious(layout.anchors(), boxes)
+    # Levels are compared by I / (A + a).
+    lead = first / (1 + first) - second / (1 + second)
+    matcher = grid_matcher(layout)
+    matcher.tolerance = 0.0
+    for share, doubtful in ((0.99, []), (1.01, [0])):
+        matcher.tolerance_per_pixel = share * lead / (max(corner) + (4.5 if corner[0] > 4 else 5))
+        level, layout_of_box = torch.zeros(2, 1, dtype=torch.int64)
+        found = matcher._match_fast(boxes, layout_of_box, level, torch.empty(1))
+        assert found.tolist() == doubtful
+
+
 def test_the_bound_on_the_error_by_hand():
     eps = torch.finfo(torch.float32).eps
     # Exact in all arithmetic. Farthest corner 16, shortest side 8: an index is off by 32 eps and
@@ -378,7 +421,7 @@ def test_the_bound_on_the_error_by_hand():
     assert matcher.anchor_noise == 0
     # The last column is at 90 - 4.5, so no corner is beyond 90 + 8, and an anchor is off by twice
     # the rounding of that; the centre of a cell by the decimals to which centres are compared.
-    cells = [torch.tensor([[-8.0, -4, 8, 4]]), torch.tensor([[-4.0, -8, 4, 8]])]
+    cells = [torch.tensor([[-4.0, -8, 4, 8]]), torch.tensor([[-4.0, -6, 4, 6]])]
     layout = AnchorLayout(cells, [4.5, 9], [(10, 20), (5, 10)], 2)
     matcher = grid_matcher(layout)
     index, corner, anchor = 16 * eps + 1e-4, 8 * eps + 98 * eps, 2 * 98 * eps
@@ -395,9 +438,12 @@ def test_the_bound_on_the_error_by_hand():
     expected = 2 * (4 * (index + corner) + 6 * 4 * anchor) / 8 + 32 * eps
     assert matcher.tolerance == pytest.approx(expected)
     assert matcher.anchor_noise == pytest.approx(2 * 4 * 6 * 4 * anchor / 8)
-    # Without any area nothing overlaps, and any bound will do.
-    nothing = AnchorLayout([torch.zeros(1, 4)] * 2, [4, 8], [(4, 4), (2, 2)], 2)
-    assert 0 < grid_matcher(nothing).tolerance < 1e-5
+    # Sides of less than a pixel count, sides of nothing do not; without any, any bound will do.
+    cells = [torch.tensor([[4.0, 4, 4.5, 4]]), torch.tensor([[4.0, 4, 4, 4]])]
+    for some, shortest in ((cells, 0.5), (cells[1:] * 2, 1)):
+        matcher = grid_matcher(AnchorLayout(some, [4, 8], [(4, 4), (2, 2)], 2))
+        reach = 4.5 if shortest == 0.5 else 4
+        assert matcher.tolerance == pytest.approx(24 * eps * reach / shortest + 32 * eps)
 
 
 def test_which_anchors_all_arithmetic_keeps_exact():
