@@ -169,7 +169,7 @@ def _xywh(annotations: list[_Annotation], name: str) -> npt.NDArray[np.float32]:
     values = chain.from_iterable(map(attrgetter("bbox"), annotations))
     numbers = np.fromiter(values, np.float64, 4 * len(annotations))
     with np.errstate(over="ignore"):
-        boxes = numbers.astype(np.float32).reshape(-1, 4)
+        boxes = numbers.astype(np.float32).reshape(len(annotations), 4)
     good = np.isfinite(boxes).all(axis=1) & (boxes[:, 2] >= 0) & (boxes[:, 3] >= 0)
     if not good.all():
         index = int(good.argmin())

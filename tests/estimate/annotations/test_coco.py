@@ -142,6 +142,16 @@ class TestCocoFile:
         assert "\n" not in message
         assert len(message) < 500
 
+    @pytest.mark.parametrize("at", [5, 30, 200])
+    def test_broken_json_is_quoted_where_it_breaks(self, tmp_path: Path, at: int) -> None:
+        content = b" " * at + bytes(range(ord("0"), ord("z")))
+        path = tmp_path / "annotations.json"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="byte") as caught:
+            read_annotations(path)
+        byte = int(re.search(r"byte (\d+)", str(caught.value))[1])  # type: ignore[index]
+        assert str(caught.value).endswith(f", near {content[max(0, byte - 20) : byte + 20]!r}")
+
     def test_largest_numbers(self, tmp_path: Path) -> None:
         largest = {"id": 2**63 - 1, "width": 2**24, "height": 2**24}
         content = coco(images=[largest], annotations=[annotation(image_id=2**63 - 1)])
