@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Subset
 from torchvision.datasets import CocoDetection
 
+from alphafpn.estimate.annotations.coco import decode
 from alphafpn.estimate.annotations.read import read_annotations
 from tests.annotation_sets import (
     EXPECTED,
@@ -130,6 +131,27 @@ class TestCocoFile:
             assert gc.isenabled() == enabled
         finally:
             gc.enable()
+
+    def test_no_garbage_is_looked_for_while_decoding(self, tmp_path: Path) -> None:
+        path = write(tmp_path, coco(annotations=[annotation()] * 5000))
+        phases: list[str] = []
+
+        def note(phase: str, info: dict[str, int]) -> None:
+            phases.append(phase)
+
+        gc.callbacks.append(note)
+        try:
+            content = decode(path, "file")
+            assert phases == []
+        finally:
+            gc.callbacks.remove(note)
+        assert len(content.annotations) == 5000
+
+    def test_an_id_may_be_repeated_more_than_once(self, tmp_path: Path) -> None:
+        images = [{"id": n, "width": 9, "height": 9} for n in (4, 7, 7, 3, 7)]
+        path = write(tmp_path, coco(images=images, annotations=[]))
+        with pytest.raises(ValueError, match=r"images\[2\]: .* found 7, which images\[1\] has"):
+            read_annotations(path)
 
     @pytest.mark.parametrize("name", MALFORMED)
     def test_malformed(self, tmp_path: Path, name: str) -> None:
