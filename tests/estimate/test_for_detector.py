@@ -391,15 +391,6 @@ def test_real_boxes_equal_brute_force(tmp_path, data_file, file, name):
         assert unclear or estimate.ratios == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("side", range(4))
-@pytest.mark.parametrize(("beyond", "clipped"), [(0.9, 0), (1.5, 1)])
-def test_boxes_that_reach_beyond_by_more_than_a_pixel_are_counted(side, beyond, clipped):
-    box = torch.tensor([[0.0, 0.0, 160.0, 120.0]])
-    box[0, side] += beyond if side > 1 else -beyond
-    estimate = estimate_alpha_for(make_faster_rcnn(), [((120, 160), box)])
-    assert estimate.num_clipped == clipped
-
-
 @pytest.mark.parametrize("function", [estimate_alpha, estimate_alpha_for, compare_anchors])
 def test_defaults_are_the_same_everywhere(function):
     parameters = inspect.signature(function).parameters

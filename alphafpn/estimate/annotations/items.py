@@ -135,7 +135,7 @@ def _boxes(value: Any, where: str) -> npt.NDArray[np.float32]:
 def _xyxy(value: Any, where: str) -> Any:
     if not isinstance(value, BoundingBoxes) or value.format is BoundingBoxFormat.XYXY:
         return value
-    if value.numel() == 0:  # `BoundingBoxes([], ...)` has shape [1, 0], which cannot be converted
+    if not value.numel():  # `BoundingBoxes([], ...)` has shape [1, 0], which cannot be converted
         return value
     if value.format not in (BoundingBoxFormat.XYWH, BoundingBoxFormat.CXCYWH):
         raise ValueError(f"{where}: expected unrotated boxes, found {value.format.value}")

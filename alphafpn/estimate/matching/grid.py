@@ -85,7 +85,7 @@ class GridMatcher:
         self.levels = [level.to(device) for level in layouts[0]]
         self.num_levels = len(self.levels)
         self.dtype, self.device = dtype, device
-        like = torch.empty(0, dtype=dtype, device=device)
+        like = torch.tensor([], dtype=dtype, device=device)
         self.axes = [
             [
                 _Axis(

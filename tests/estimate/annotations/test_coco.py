@@ -225,6 +225,10 @@ class TestCocoDetection:
         with pytest.raises(ValueError, match=r"CocoDetection: ids: .* 3 images, found 21"):
             read_annotations(coco_detection)
 
+    def test_unknown_category(self, coco_detection: CocoDetection) -> None:
+        with pytest.raises(ValueError, match=r"CocoDetection: expected .* among 1, 2, found 3"):
+            read_annotations(coco_detection, category_ids=[1, 3])
+
     def test_nothing_picked(self, coco_detection: CocoDetection) -> None:
         with pytest.raises(ValueError, match=r"Subset: .* none in 0 images"):
             read_annotations(Subset(coco_detection, []))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,11 @@ BAD_ITEMS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"PIL image or a tensor, found ndarray of shape \(10, 20, 3\)",
     ),
+    "half an image": (
+        lambda: (SimpleNamespace(height=5), {"boxes": BOX}),
+        TypeError,
+        "PIL image or a tensor, found SimpleNamespace",
+    ),
     "a scalar image": (
         lambda: (torch.tensor(1), {"boxes": BOX}),
         TypeError,
@@ -101,6 +107,7 @@ BAD_ITEMS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "one box": (lambda: ((10, 20), BOX[0]), ValueError, r"shape \(n, 4\), found \(4,\)"),
     "five columns": (lambda: ((10, 20), torch.zeros(2, 5)), ValueError, r"found \(2, 5\)"),
     "empty, five columns": (lambda: ((10, 20), torch.zeros(0, 5)), ValueError, r"found \(0, 5\)"),
+    "empty, batched": (lambda: ((10, 20), torch.zeros(1, 0, 4)), ValueError, r"\(1, 0, 4\)"),
     "batched": (lambda: ((10, 20), torch.zeros(1, 2, 4)), ValueError, r"found \(1, 2, 4\)"),
     "scalar boxes": (lambda: ((10, 20), 5.0), ValueError, r"shape \(n, 4\), found \(\)"),
     "bool": (lambda: ((10, 20), torch.ones(1, 4) > 0), TypeError, "floats or ints, found bool"),
@@ -110,6 +117,12 @@ BAD_ITEMS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no boxes at all": (lambda: ((10, 20), None), TypeError, "floats or ints, found object"),
     "ragged": (lambda: ((10, 20), [[1, 2, 3], [1, 2, 3, 4]]), TypeError, "a regular list, found"),
 }
+
+
+def test_images_from_one_pixel_to_the_most_that_float32_can_tell() -> None:
+    found = read_annotations([((1, 2**24), [[0, 0, 2**24, 1]]), ((2**24, 1), [])])
+    assert found.sizes.tolist() == [[1, 2**24], [2**24, 1]]
+    assert found.boxes.tolist() == [[0, 0, 2**24, 1]]
 
 
 class TestBadItems:
