@@ -26,7 +26,6 @@ from alphafpn import (
 )
 from tests import oracle
 from tests.anchor_sets import seeds
-from tests.detectors import make_faster_rcnn
 
 
 def small_backbone(out_channels=32):

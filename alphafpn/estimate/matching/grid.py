@@ -99,8 +99,8 @@ class GridMatcher:
         self.cells = [like.new_tensor(level.cells) for level in self.levels]
         # The level's code takes the lowest mantissa bits: the finest level has the largest code,
         # so a maximum over levels prefers it among equals.
-        self.code_bits = (self.num_levels - 1).bit_length()
-        self._memory = like.new_empty(_Workspace.ROWS, 0)
+        self.largest_code = (1 << (self.num_levels - 1).bit_length()) - 1
+        self._memory = torch.stack([like] * _Workspace.ROWS)
         self._bound_errors([level for layout in layouts for level in layout])
 
     def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -144,10 +144,9 @@ class GridMatcher:
         s.area.clamp_(min=torch.finfo(self.dtype).tiny)
         best, second = s.best.zero_(), s.second.zero_()
         bits = s.value.view(torch.int32 if self.dtype == torch.float32 else torch.int64)
-        low = (1 << self.code_bits) - 1
         for i in range(self.num_levels):
             self._level_value(i, layout, s, s.value)
-            bits.bitwise_or_(low)
+            bits.bitwise_or_(self.largest_code)
             if i:
                 bits.bitwise_xor_(i)
             torch.maximum(second, torch.minimum(best, s.value, out=s.overlap), out=second)
@@ -157,7 +156,8 @@ class GridMatcher:
         margin.sub_(s.other.mul_(self.tolerance_per_pixel / 2))
         # From I / (A + a) to IoU, which is I / (A + a - I).
         torch.div(best, torch.neg(best, out=s.other).add_(1), out=iou).clamp_(max=1)
-        level.copy_(best.view(bits.dtype).bitwise_and_(low).neg_().add_(low))
+        code = best.view(bits.dtype).bitwise_and_(self.largest_code)
+        level.copy_(code.neg_().add_(self.largest_code))
         return margin.le(self.tolerance).nonzero().squeeze(1)
 
     def _level_value(self, level: int, layout: Tensor, s: _Workspace, out: Tensor) -> None:
@@ -223,7 +223,7 @@ class GridMatcher:
                 for level in levels
             ) * (extent + reach)
         off = 4 * (e_index + e_corner) + 6 * e_anchor
-        self.tolerance = 2 * off / shortest + 16 * eps * (1 << self.code_bits)
+        self.tolerance = 2 * off / shortest + 16 * eps * (self.largest_code + 1)
         # Half the sum of a box's corners is its distance from the origin: the index errs with it.
         self.tolerance_per_pixel = 2 * 4 * 2 * eps / shortest
         # IoU changes by up to four times as much as I / (A + a).
@@ -237,7 +237,7 @@ class GridMatcher:
             # Anchors that are rounded themselves may all be best as long as they contain the box
             # or lie in it: look at all of these, on levels that can still win.
             best = torch.stack(ious).amax(0)
-            close = [(iou >= best - self.anchor_noise) & (best > 0) for iou in ious]
+            close = [(best - iou).le(self.anchor_noise) & (best > 0) for iou in ious]
             open_ = torch.stack(close).sum(0) > 1
             for i in levels:
                 rows = (close[i] & open_).nonzero().squeeze(1)

@@ -355,7 +355,7 @@ def test_only_rival_levels_are_searched_for_anchors_within_the_rounding(monkeypa
     # Of different sizes, in blocks: those of similar size together, each with windows of its own.
     monkeypatch.setattr(grid, "SEARCH_ROWS", 2)
     matcher.anchor_noise = 1.0
-    boxes = [[x, x, x + side, x + side] for x, side in ((90.0, 30), (0, 9), (60, 40), (30, 8))]
+    boxes = [[0, y, side, y + side] for y, side in ((60.0, 30), (0, 9), (5, 40), (50, 8))]
     # (40 - 8) / 16.2 and (40 - 16) / 32.4 are two steps, and one step.
     wide = pairs_of(monkeypatch, matcher, torch.tensor(boxes))[2:]
     assert wide == [2 * 25, 2 * 49, 2 * 25, 2 * 25]
