@@ -155,7 +155,7 @@ class AlphaFeaturePyramidNetwork(FeaturePyramidNetwork):  # type: ignore[misc]
             lateral = self.get_result_from_inner_blocks(features[idx], idx)
             # Scaling before nearest-neighbour upsampling gives the same for a quarter of the work.
             top_down = self._scaled(last_inner, idx)
-            top_down = F.interpolate(top_down, size=lateral.shape[-2:], mode="nearest")
+            top_down = F.interpolate(top_down, size=lateral.shape[2:], mode="nearest")
             last_inner = lateral + top_down  # Eq. 1
             results.insert(0, self.get_result_from_layer_blocks(last_inner, idx))
         if self.extra_blocks is not None:

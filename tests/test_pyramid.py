@@ -260,6 +260,8 @@ def test_one_level_has_no_factor(alpha):
     assert_equal_maps(fpn(make_features(1)), stock(make_features(1)))
     # DDP waits for the gradient of every parameter that wants one.
     assert all(not parameter.requires_grad for parameter in alpha_parameters(fpn))
+    (one,) = alpha_parameters(make_alpha(LearnableAlpha(), levels=2))
+    assert one.requires_grad
     assert "alpha=[]" in repr(fpn)
 
 

@@ -248,7 +248,7 @@ class GridMatcher:
                     some = rows[start : start + SEARCH_ROWS]
                     ious[i][some] = self._best_iou(i, boxes[some], layout[some], wide=True)
         level = torch.full((len(boxes),), self.num_levels, device=self.device)
-        best = torch.zeros_like(ious[0])
+        best = torch.zeros(len(boxes), dtype=self.dtype, device=self.device)
         for i in levels:
             level.masked_fill_(ious[i] > best, i)
             torch.maximum(best, ious[i], out=best)
@@ -289,7 +289,7 @@ class GridMatcher:
         stride, last = axis.strides[layout, None, None], axis.lasts[layout, None, None]
         total = boxes[:, d, None, None].to(self.dtype) + boxes[:, 2 + d, None, None]
         nearest = ((total - (cells[:, d] + cells[:, 2 + d])) / (2 * stride)).round_()
-        index = torch.minimum(nearest.clamp_(min=0), last) + steps
+        index = torch.minimum(nearest.clamp_(min=0), last).add(steps)
         return torch.minimum(index.clamp_(min=0), last)
 
     def _corners(self, i: int, index: Sequence[Tensor], layout: Tensor) -> list[Tensor]:

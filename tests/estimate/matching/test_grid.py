@@ -328,7 +328,7 @@ def test_the_second_look_takes_neighbours_of_boxes_in_doubt(monkeypatch):
     for limit, count, expected in (
         (90, 20, [90, 90] + [90] * 4),
         (10, 1, [9, 10, 8]),
-        (1, 1, [1] * 9 + [2] * 9),
+        (1, 2, [1] * 18 + [2] * 18),
     ):
         monkeypatch.setattr(grid, "PAIRS", limit)
         assert pairs_of(monkeypatch, matcher, torch.tensor([clear] * count)) == expected
@@ -355,10 +355,10 @@ def test_only_rival_levels_are_searched_for_anchors_within_the_rounding(monkeypa
     # Of different sizes, in blocks: those of similar size together, each with windows of its own.
     monkeypatch.setattr(grid, "SEARCH_ROWS", 2)
     matcher.anchor_noise = 1.0
-    boxes = [[0, y, side, y + side] for y, side in ((60.0, 30), (0, 9), (5, 40), (50, 8))]
-    # (40 - 8) / 16.2 and (40 - 16) / 32.4 are two steps, and one step.
+    boxes = [[0, y, side, y + side] for y, side in ((60.0, 30), (0, 9), (5, 41), (50, 8))]
+    # (41 - 8) / 16.2 is up to three steps, (41 - 16) / 32.4 one.
     wide = pairs_of(monkeypatch, matcher, torch.tensor(boxes))[2:]
-    assert wide == [2 * 25, 2 * 49, 2 * 25, 2 * 25]
+    assert wide == [2 * 25, 2 * 81, 2 * 25, 2 * 25]
 
 
 def test_blocks_bound_the_memory_whatever_the_number_of_cores(monkeypatch):
