@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import TypeVar
@@ -187,13 +188,12 @@ def _owners(model: nn.Module) -> dict[nn.Module | int, list[str]]:
     """Maps each module, and each tensor by the address of its data, to all places that hold it."""
     owners: dict[nn.Module | int, list[str]] = defaultdict(list)
     for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
         for name, child in module._modules.items():
             if child is not None:
-                owners[child].append(prefix + name)
+                owners[child].append(f"{path}.{name}".lstrip("."))
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                owners[tensor.data_ptr()].append(prefix + name)
+                owners[tensor.data_ptr()].append(f"{path}.{name}".lstrip("."))
     return owners
 
 
@@ -246,7 +246,7 @@ def _rescaled(
         value = tensor.detach() * scale if inner else tensor.detach() / scale
         # Below the smallest normal number the largest weight would lose digits.
         limits, peak = torch.finfo(value.dtype), float(value.abs().max())
-        if not peak <= limits.max or (peak < limits.tiny and tensor.any()):
+        if not math.isfinite(peak) or (peak < limits.tiny and tensor.any()):
             raise ValueError(
                 f"{where}: {'multiplying' if inner else 'dividing'} its {name} by {scale:.3g} "
                 f"leaves the range of {value.dtype}: largest magnitude {peak:.3g}"

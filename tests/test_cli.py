@@ -168,6 +168,7 @@ def test_malformed_files_are_one_line_and_exit_code_2(name, tmp_path, capsys):
             "tiny_faster_rcnn; did you mean fasterrcnn_resnet50_fpn?",
         ),
         (("estimat",), "did you mean estimate?"),
+        (("dmo",), "did you mean demo?"),
         (("estimate", "a.json", *RETINANET, "--catgories", "1"), "did you mean --categories?"),
         (("demo", "--imags", "somewhere"), "--imags somewhere; did you mean --images?"),
         (("demo", "--nothing-alike"), "unrecognized arguments: --nothing-alike\n"),

@@ -550,7 +550,7 @@ def tie_lists(model):
 def test_folding_refuses_shared_weights(tie):
     model = make_detector(FACTORS)
     tie(model)
-    refused(model, r"fpn.layer_blocks.1 \(Conv2d\): its weight is shared by \S+ and \S+$")
+    refused(model, r"fpn.layer_blocks.1 \(Conv2d\): its weight is shared by \w[\w.]* and \w[\w.]*$")
 
 
 @pytest.mark.parametrize(
