@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torchvision.models import detection
 
-from alphafpn import __version__, compare_anchors, estimate_alpha_for
+from alphafpn import __version__, cli, compare_anchors, estimate_alpha_for
 from alphafpn.cli import main
 from tests.malformed import MALFORMED, annotation, coco
 
@@ -232,3 +232,14 @@ def test_the_package_runs_as_a_program_and_only_then(monkeypatch, capsys):
     assert exit_.value.code == 0
     assert capsys.readouterr().out == f"alphafpn {__version__}\n"
     runpy.run_module("alphafpn.__main__", run_name="alphafpn.__main__")
+
+
+def test_an_interrupt_ends_quietly(annotations, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "read_annotations", interrupt)
+    with pytest.raises(SystemExit) as exit_:
+        main(["estimate", str(annotations), *RETINANET])
+    assert exit_.value.code == 130
+    assert capsys.readouterr() == ("", "alphafpn: interrupted\n")

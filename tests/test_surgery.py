@@ -569,6 +569,18 @@ def test_folding_refuses_scales_that_leave_the_range(alpha, dtype):
     refused(patch_detector(model, alpha), f"fpn.*_blocks.2 .* leaves the range of {dtype}")
 
 
+def test_folding_takes_weights_to_the_smallest_normal_number_and_no_further():
+    tiny = torch.finfo(torch.float32).tiny
+    for weight, folds in ((2 * tiny, True), (1.5 * tiny, False), (0.0, True)):
+        model = make_detector([2.0, 1.0, 1.0])
+        with torch.no_grad():
+            model.fpn.layer_blocks[1][0].weight.fill_(weight)
+        if folds:
+            assert (fold_alpha(model).fpn.layer_blocks[1][0].weight == weight / 2).all()
+        else:
+            refused(model, "fpn.layer_blocks.1 .* dividing its weight by 2 leaves the range")
+
+
 def test_folding_refuses_factors_that_diverged():
     model = make_detector(LearnableAlpha(FACTORS))
     with torch.no_grad():
