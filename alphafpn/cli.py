@@ -72,7 +72,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     """Ends a message about a mistyped name with the known one that it may stand for."""
     names = list(known)
     begun = [other for other in names if other.startswith(name)]
-    found = begun or difflib.get_close_matches(name, names, n=1)
+    found = begun or difflib.get_close_matches(name, names)
     return f"; did you mean {found[0]}?" if found else ""
 
 

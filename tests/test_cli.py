@@ -14,6 +14,7 @@ from torchvision.models import detection
 
 from alphafpn import __version__, cli, compare_anchors, estimate_alpha_for
 from alphafpn.cli import main
+from alphafpn.estimate.result.report import warnings
 from tests.malformed import MALFORMED, annotation, coco
 
 RETINANET = ("--detector", "retinanet_resnet50_fpn_v2")
@@ -52,8 +53,12 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_json_is_the_estimate_of_the_library(annotations, capsys):
     main(["estimate", str(annotations), *RETINANET, "--json"])
-    printed = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    printed = json.loads(captured.out)
     model = detection.retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None)
+    expected = [f"warning: {text}" for text in warnings(estimate_alpha_for(model, annotations))]
+    assert captured.err.splitlines() == expected
+    assert len(expected) > 1
     # Some levels have no objects, so the answer holds what other anchors would give.
     anchors = printed.pop("anchors")
     assert anchors == compare_anchors(model, annotations).to_list()
@@ -178,6 +183,7 @@ def test_malformed_files_are_one_line_and_exit_code_2(name, tmp_path, capsys):
         (("estimate", "a.json", *RETINANET, "--anchor-sizes", "8,x"), "'x'"),
         (("estimate", "a.json", *RETINANET, "--anchor-sizes", "8", "16"), "5, found 2"),
         (("estimate", "a.json", *RETINANET, "--aspect-ratios", "nan"), "nan"),
+        (("estimate", "a.json", *RETINANET, "--aspect-ratios", "inf"), "'inf'"),
         (("estimate", "a.json", "--detector", "tiny_retinanet", "--min-size", "8"), "--min-size"),
         (("demo", "--images", "somewhere"), "--annotations"),
     ],
@@ -217,7 +223,7 @@ def test_the_demo_prints_its_outcome_and_says_what_it_shows(monkeypatch, capsys,
     monkeypatch.setattr("alphafpn.demo.run_demo", lambda **given: outcome)
     main(["demo", "--out", str(tmp_path)])
     captured = capsys.readouterr()
-    assert json.loads(captured.out) == outcome
+    assert captured.out == json.dumps(outcome, indent=2) + "\n"
     assert captured.err.splitlines() == [
         "It loses.",
         "Not shown: more.",
@@ -232,6 +238,32 @@ def test_the_package_runs_as_a_program_and_only_then(monkeypatch, capsys):
     assert exit_.value.code == 0
     assert capsys.readouterr().out == f"alphafpn {__version__}\n"
     runpy.run_module("alphafpn.__main__", run_name="alphafpn.__main__")
+
+
+def test_a_picture_is_written_whole_or_not_at_all(annotations, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    before = sorted(tmp_path.iterdir())
+
+    def refuse(old, new):
+        assert Path(old).read_bytes().startswith(b"%PDF")
+        raise OSError("no room left")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    error = fail(capsys, "estimate", annotations, *RETINANET, "--plot", tmp_path / "a.pdf")
+    assert error == "alphafpn: error: no room left\n"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys):
+    path = tmp_path / "nowhere.json"
+    error = fail(capsys, "estimate", path, *RETINANET)
+    assert error == f"alphafpn: error: {path}: No such file or directory\n"
+
+
+def test_the_smallest_size_is_one_pixel(annotations, capsys):
+    sizes = ("--min-size", "1", "--max-size", "1000")
+    main(["estimate", str(annotations), *RETINANET, *sizes, "--json"])
+    assert json.loads(capsys.readouterr().out)["num_boxes"] == 2
 
 
 def test_an_interrupt_ends_quietly(annotations, monkeypatch, capsys):

@@ -57,7 +57,7 @@ class SearchMatcher:
 
     def _best_iou(self, boxes: Tensor, anchors: Tensor) -> Tensor:
         best = torch.zeros(len(boxes), dtype=self.dtype, device=self.device)
-        for chunk in anchors.split(max(1, self.pairs // max(1, len(boxes))), dim=1):
+        for chunk in anchors.split(self.pairs // len(boxes), dim=1):
             iou = pair_iou(boxes[:, :, None].unbind(1), chunk.unbind(0))
             torch.maximum(best, best_of(iou), out=best)
         return best

@@ -54,3 +54,10 @@ def test_the_search_holds_few_pairs_at_once(monkeypatch):
     SearchMatcher(levels, torch.float32, CPU).match(torch.rand(70, 4))
     assert max(sizes) <= search.PAIRS
     assert sum(sizes) == 70 * 1_000_003
+
+
+def test_other_devices_take_half_a_gibibyte_at_once():
+    matcher = SearchMatcher([torch.rand(3, 4)], torch.float32, torch.device("meta"))
+    # About eight temporaries of four bytes for each pair.
+    assert matcher.pairs * 8 * 4 == 2**29
+    assert matcher.rows == 8 * search.SEARCH_ROWS
