@@ -29,7 +29,7 @@ import torchvision  # noqa: F401  (once, for all forks)
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ("*.py", "estimate/**/*.py")
-MODULES = ("cli", "equivalence", "gradients", "imports", "pyramid", "surgery")
+MODULES = ("cli", "display", "equivalence", "gradients", "imports", "pyramid", "surgery")
 TESTS = ["tests/estimate", *(f"tests/test_{name}.py" for name in MODULES)]
 LIMIT = 300  # seconds for one mutant; one that hangs is noticed
 ENOUGH = 0.95

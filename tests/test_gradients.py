@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import socket
-import sys
-import types
 from collections import OrderedDict
 from itertools import pairwise
 
@@ -427,15 +425,6 @@ def test_plots_the_shares():
     assert legend.y0 + legend.y1 == pytest.approx(inside.y0 + inside.y1, abs=2)
     assert not axes.get_legend().get_frame_on()
     assert result.plot(axes) is axes
-
-
-def test_plotting_without_matplotlib_names_the_extra(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
-    result = gradient_shares(ByHand([1.0, 1.0, 1.0]), IMAGES, [{}, {}])
-    with pytest.raises(ImportError, match=r"alphafpn\[plot\]"):
-        result.plot()
 
 
 def test_result_is_frozen():

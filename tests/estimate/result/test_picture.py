@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 from itertools import combinations, pairwise
 
 import pytest
@@ -68,9 +67,3 @@ def test_each_factor_stands_over_its_edge_and_nothing_overlaps(counts):
     for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
         assert figure.bbox.x0 <= place(text).x0 < place(text).x1 <= figure.bbox.x1
         assert figure.bbox.y0 <= place(text).y0 < place(text).y1 <= figure.bbox.y1
-
-
-def test_a_picture_without_matplotlib_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r'pip install "alphafpn\[plot\]"'):
-        estimate_of((1, 2, 3)).plot()
