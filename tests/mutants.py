@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = ("*.py", "estimate/**/*.py")
 MODULES = ("cli", "display", "equivalence", "gradients", "imports", "pyramid", "surgery")
 TESTS = ["tests/estimate", *(f"tests/test_{name}.py" for name in MODULES)]
-LIMIT = 300  # seconds for one mutant; one that hangs is noticed
+LIMIT = 120  # seconds for one mutant; one that hangs is noticed
 ENOUGH = 0.95
 PAIRS = [
     (ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot),

@@ -62,3 +62,14 @@ def test_levels_within_a_finer_one_are_refused_and_others_are_not():
         assert not any(rows[j] <= rows[i] for j in range(len(rows)) for i in range(j)), name
         for anchors in (one, literal, [a.flip(0) for a in literal]):
             estimate_alpha(anchors, torch.zeros(0, 4), num_fused_levels=2)
+
+
+def test_irregular_anchors_are_compared_row_by_row():
+    fine = AnchorLayout([CELL] * 2, [8, 8], [(12, 12)] * 2, 2).anchors()[0]
+    fine = fine[torch.randperm(len(fine), generator=torch.Generator().manual_seed(0))]
+    other = fine[:1] + 1
+    for coarse in (fine, fine[:1], fine[5:90:2], torch.cat([fine[3:9], fine[:7]])):
+        with pytest.raises(ValueError, match="level 1 also lie on level 0"):
+            estimate_alpha([fine, coarse], torch.zeros(0, 4), num_fused_levels=2)
+    for coarse in (other, torch.cat([fine, other]), torch.cat([fine[:1], other])):
+        estimate_alpha([fine, coarse], torch.zeros(0, 4), num_fused_levels=2)
