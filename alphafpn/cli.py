@@ -162,7 +162,7 @@ def _estimate(options: argparse.Namespace) -> None:
         _save_plot(estimate, options.plot, kind)
     if options.json:
         anchors = None if others is None else others.to_list()
-        print(json.dumps({**estimate.to_dict(), "anchors": anchors}, allow_nan=False))
+        print(json.dumps({**estimate.to_dict(), "anchors": anchors}))
         for text in warnings(estimate):
             print("warning:", text, file=sys.stderr)
     else:
@@ -249,7 +249,7 @@ def _demo(options: argparse.Namespace) -> None:
     from alphafpn.demo import run_demo
 
     outcome = run_demo(out=options.out, images=options.images, annotations=options.annotations)
-    print(json.dumps(outcome, allow_nan=False, indent=2))
+    print(json.dumps(outcome, indent=2))
     for sentence in (*outcome["findings"], outcome["note"], f"see {options.out / 'demo.png'}"):
         print(sentence, file=sys.stderr)
 
