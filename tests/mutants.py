@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import hashlib
 import json
 import math
 import os
@@ -136,6 +137,12 @@ def passes(folder: Path, *options: str, limit: float = math.inf) -> bool:
     return code == 0
 
 
+def state() -> str:
+    """Names what the mutants are made of and what runs against them, by its content."""
+    paths = sorted(p for part in ("alphafpn", "tests") for p in (ROOT / part).rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
 def prepare(folder: Path) -> dict[str, float]:
     """Copies the tree, runs the suite once with each line's tests, and returns their seconds."""
     if not (folder / "times.xml").exists():
@@ -144,7 +151,10 @@ def prepare(folder: Path) -> dict[str, float]:
         options = ["-n", "2", "--cov=alphafpn", "--cov-context=test", "--cov-report="]
         if not passes(folder, *options, "--junitxml=part.xml", *TESTS):
             raise RuntimeError("the suite fails before anything is changed")
+        (folder / "state.txt").write_text(state())
         (folder / "part.xml").rename(folder / "times.xml")
+    if (folder / "state.txt").read_text() != state():
+        raise RuntimeError(f"{folder} is of another state of the tree: give a new folder")
     cases = ElementTree.parse(folder / "times.xml").iter("testcase")
     return {f"{c.get('classname')}.{c.get('name')}": float(c.get("time", 0)) for c in cases}
 
