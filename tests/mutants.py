@@ -196,7 +196,7 @@ def main() -> None:
         raise RuntimeError(f"unchanged, the copy fails: see {folder / 'log.txt'}")
     everything = [(path, *mutant) for path in paths for mutant in mutants(folder / path)]
     sample = random.Random(options.seed).sample(everything, options.count)
-    results = folder / "mutants.jsonl"
+    results = folder / f"mutants-{options.count}-{options.seed}.jsonl"
     done = (
         [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     )
