@@ -175,17 +175,25 @@ class _Recorder:
 
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names C_i and P_j, by their strides where these are powers of two."""
-        first, regular = 0, False
-        if self.image_size:
-            first = round(math.log2(self.image_size[0] / self.features[0].shape[2]))
-            regular = all(
-                tuple(n << (first + i) for n in c.shape[2:]) == self.image_size
-                for i, c in enumerate(self.features)
-            )
+        first = self._first_power()
         return tuple(  # type: ignore[return-value]
-            tuple(f"{letter}{first + i if regular else f' {key}'}" for i, key in enumerate(keys))
+            tuple(
+                f"{letter} {key}" if first is None else f"{letter}{first + i}"
+                for i, key in enumerate(keys)
+            )
             for letter, keys in (("C", self.feature_keys), ("P", self.level_keys))
         )
+
+    def _first_power(self) -> int | None:
+        """Returns the power of two that is the stride of C_0, if each next stride is twice it."""
+        if not self.image_size:
+            return None
+        first = round(math.log2(self.image_size[0] / self.features[0].shape[2]))
+        regular = all(
+            tuple(n << (first + i) for n in c.shape[2:]) == self.image_size
+            for i, c in enumerate(self.features)
+        )
+        return first if regular else None
 
 
 def _norms(

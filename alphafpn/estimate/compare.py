@@ -66,7 +66,7 @@ class AnchorComparison:
             return "\n".join([*lines, "FCOS matches by regression ranges: they are scaled here"])
         best = max(
             (row for row in self.rows if row.input_scale == 1),
-            key=lambda row: row.estimate.recall(MATCHES[-1]),
+            key=lambda row: row.estimate.recall(MATCHES[1]),
         )
         if best.anchor_sizes:
             levels = (",".join(f"{size:.6g}" for size in level) for level in best.anchor_sizes)

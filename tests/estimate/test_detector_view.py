@@ -210,6 +210,18 @@ def test_hooks_are_not_called():
     assert len(model.backbone.fpn._forward_hooks) == 2
 
 
+def test_one_probe_for_each_length(monkeypatch):
+    view = DetectorView(small_retinanet(levels=4))
+    probed = []
+    probe = view._probe
+    monkeypatch.setattr(view, "_probe", lambda padded: probed.append(padded) or probe(padded))
+    lengths = (64, 96, 128)
+    for padded in ((h, w) for h in lengths for w in lengths):
+        view.feature_maps(padded)
+    # And one of the first oblong shape, which shows that rows and columns are alike.
+    assert sorted(probed) == [(64, 64), (64, 96), (96, 96), (128, 128)]
+
+
 def test_shapes_come_without_data():
     view = DetectorView(small_retinanet(levels=4))
     assert all(tensor.is_meta for tensor in view._clone.state_dict().values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,6 +64,7 @@ def _steps_fit(offset: float, coarse: GridLevel, fine: GridLevel, d: int) -> boo
     for k in {0, min(1, last), last}:
         position = (offset + k * coarse.stride[d]) / fine.stride[d]
         index = round(position)
-        if abs(position - index) > 1e-4 or not 0 <= index < fine.size[d]:
+        near = math.isclose(position, index, rel_tol=0, abs_tol=1e-4)
+        if not near or not 0 <= index < fine.size[d]:
             return False
     return True

@@ -40,7 +40,7 @@ def recognise_grid(anchors: Tensor) -> GridLevel | None:
     if len(anchors) == 0:
         return None
     low, high = torch.stack(anchors.aminmax()).tolist()
-    slack = 4 * torch.finfo(anchors.dtype).eps * max(-low, high, 1.0)
+    slack = 4 * torch.finfo(anchors.dtype).eps * max(-low, high)
     # The next position starts with a copy of the first anchor.
     moved = anchors[1 : MAX_CELLS + 1] - anchors[0]
     copies = ((moved[:, :2] - moved[:, 2:]).abs() <= slack).all(1)
