@@ -80,6 +80,9 @@ def test_the_images_of_a_block():
 
 def test_a_device_has_its_own_block():
     assert counting.block_size(torch.device("cpu")) < counting.block_size(torch.device("cuda"))
+    # Boxes of 8 and of 16 MiB.
+    assert counting.block_size(torch.device("cpu")) * 16 <= 2**23
+    assert counting.block_size(torch.device("cuda")) * 16 <= 2**24
     assert counting.block_size(torch.device("mps")) == counting.block_size(torch.device("cuda"))
 
 

@@ -225,6 +225,10 @@ def test_one_probe_for_each_length(monkeypatch):
 def test_shapes_come_without_data():
     view = DetectorView(small_retinanet(levels=4))
     assert all(tensor.is_meta for tensor in view._clone.state_dict().values())
+    # Nor do those of a backbone with tensors that it has not registered.
+    view = DetectorView(small_retinanet(small_backbone(cls=Unregistered), 4))
+    view.feature_maps((64, 64))
+    assert view._clone.mean.is_meta
 
 
 def test_wrapped_detectors():

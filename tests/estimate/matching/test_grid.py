@@ -112,6 +112,30 @@ def test_boxes_halfway_between_far_cells():
     assert_equal_to_brute_force(near, boxes, grid_matcher(layout).match(boxes), 2e-3)
 
 
+def test_stored_anchors_are_looked_up_by_position_and_cell():
+    # Noise that no arithmetic of cells and strides gives again.
+    noise = torch.Generator().manual_seed(0)
+    layout = legacy_layout(FASTER, (192, 256))
+    levels = [
+        anchors + torch.randint(-4, 5, anchors.shape, generator=noise) * 2.0**-20
+        for anchors in layout.anchors()
+    ]
+    levels = [torch.cat([a[:3], b[3:]]) for a, b in zip(layout.anchors(), levels, strict=True)]
+    grids = [recognise_grid(anchors) for anchors in levels]
+    assert all(grid.anchors is anchors for grid, anchors in zip(grids, levels, strict=True))
+    assert [len(grid.cells) for grid in grids] == [3] * 5
+    # Also on the last positions, where a neighbour's anchors would not stand in.
+    boxes = torch.cat(
+        [draw_boxes(np.random.default_rng(0), layout, 300), *(anchors[-6:] for anchors in levels)]
+    )
+    matcher = GridMatcher([grids], torch.float32, CPU)
+    matcher.tolerance = math.inf
+    level, iou = matcher.match(boxes)
+    expected = SearchMatcher(levels, torch.float32, CPU).match(boxes)
+    assert torch.equal(level, expected[0])
+    assert torch.equal(iou, expected[1])
+
+
 def test_large_boxes_over_far_rounded_anchors():
     # All anchors inside a box have its best IoU but for the rounding of their corners, 0.001 pixels
     # here; the two levels differ by less.
