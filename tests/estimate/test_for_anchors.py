@@ -127,7 +127,11 @@ def test_anchors_of_their_own_for_each_image(seed, kind, others):
     assert_equals_algorithm_1(estimate, levels, images)
 
 
-def test_anchors_with_rounding_of_their_own_are_not_taken_for_each_other():
+def test_anchors_with_rounding_of_their_own_are_not_taken_for_each_other(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        for_anchors, "GridMatcher", lambda *args: made.append(args) or GridMatcher(*args)
+    )
     # The same cells on grids of different strides, with noise of their own.
     cells = [cell_anchors([(12, 12)], [(2, 2)]), cell_anchors([(24, 24)], [(2, 2)])]
     levels = []
@@ -140,6 +144,7 @@ def test_anchors_with_rounding_of_their_own_are_not_taken_for_each_other():
     rng = np.random.default_rng(1)
     images = clear_only(levels, [draw_boxes(rng, layout, 40) for _ in levels])
     assert_equals_algorithm_1(estimate_alpha(levels, images, num_fused_levels=2), levels, images)
+    assert [len(layouts) for layouts, *_ in made] == [1, 1]
 
 
 def test_equal_layouts_are_matched_together(monkeypatch):

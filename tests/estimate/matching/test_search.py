@@ -60,4 +60,4 @@ def test_other_devices_take_half_a_gibibyte_at_once():
     matcher = SearchMatcher([torch.rand(3, 4)], torch.float32, torch.device("meta"))
     # About eight temporaries of four bytes for each pair.
     assert matcher.pairs * 8 * 4 == 2**29
-    assert matcher.rows == 8 * search.SEARCH_ROWS
+    assert matcher.rows == 512

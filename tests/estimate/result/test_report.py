@@ -70,6 +70,7 @@ def test_what_a_person_should_know_of_the_data():
     assert "left out: 1,200 crowd, 3 zero size" in text
     both = dataclasses.replace(estimate_of((1000, 480, 240)), num_sizes=2, num_boxes=860)
     assert "860 boxes on 50 images, each at 2 input sizes" in both.summary()
+    assert "58.1%" in both.summary()
 
 
 def test_factors_that_the_clamp_set_are_marked():
