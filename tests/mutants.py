@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = ("*.py", "estimate/**/*.py")
 MODULES = ("cli", "display", "equivalence", "gradients", "imports", "pyramid", "surgery")
 TESTS = ["tests/estimate", *(f"tests/test_{name}.py" for name in MODULES)]
-LIMIT = 120  # seconds for one mutant; one that hangs is noticed
 ENOUGH = 0.95
 PAIRS = [
     (ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot),
@@ -159,6 +158,11 @@ def prepare(folder: Path) -> dict[str, float]:
     return {f"{c.get('classname')}.{c.get('name')}": float(c.get("time", 0)) for c in cases}
 
 
+def name_of(test: str) -> str:
+    """Turns pytest's id of a test into its name in the report."""
+    return test.replace("/", ".").replace(".py::", ".").replace("::", ".")
+
+
 def reaching(folder: Path, path: Path, seconds: dict[str, float]) -> dict[int, list[str]]:
     """Maps each line of a module to the tests that reach it: the module's own, then the fastest.
 
@@ -174,8 +178,7 @@ def reaching(folder: Path, path: Path, seconds: dict[str, float]) -> dict[int, l
     every = set().union(*found.values())
 
     def order(test: str) -> tuple[bool, float]:
-        name = test.replace("/", ".").replace(".py::", ".").replace("::", ".")
-        return f"/test_{path.stem}.py" not in test, seconds.get(name, 0.0)
+        return f"/test_{path.stem}.py" not in test, seconds.get(name_of(test), 0.0)
 
     return {line: sorted(tests or every, key=order) for line, tests in found.items()}
 
@@ -201,12 +204,14 @@ def main() -> None:
         [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     )
     for path, line, change, source in sample[len(done) :]:
-        tests = reaching(folder, path, seconds).get(line, [])
+        tests = reaching(folder, path, seconds).get(line, [])[:400]
+        # Ten times what the tests took: one that hangs is noticed, one that is slow is not dead.
+        limit = 60 + 10 * sum(seconds.get(name_of(test), 0.0) for test in tests)
         original = (ROOT / path).read_text()
         (folder / path).write_text(source)
         try:
             phases = "--hypothesis-profile=mutants"
-            alive = not tests or passes(folder, "-x", phases, *tests[:400], limit=LIMIT)
+            alive = not tests or passes(folder, "-x", phases, *tests, limit=limit)
         finally:
             (folder / path).write_text(original)
         done.append({"place": f"{path}:{line}", "change": change, "alive": alive})
