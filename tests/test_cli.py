@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from torchvision.models import detection
 
 from alphafpn import __version__, cli, compare_anchors, estimate_alpha_for
@@ -140,7 +141,8 @@ def test_plot_is_a_picture(annotations, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "counts.png"
     main(["estimate", str(annotations), *RETINANET, "--plot", str(picture)])
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    with Image.open(picture) as image:
+        assert (image.format, image.size) == ("PNG", (960, 720))
     assert str(picture) in capsys.readouterr().err
     before = sorted(tmp_path.iterdir())
     for name in ("counts.nonsense", "nowhere/a.png"):

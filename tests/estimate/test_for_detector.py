@@ -146,6 +146,15 @@ def test_fcos_counts_follow_its_regression_ranges(sizes):
         estimate.recall(0.5)
 
 
+def test_fcos_takes_the_width_of_an_anchor_for_its_size():
+    dataset = draw_dataset(np.random.default_rng(0), 60)
+    square, high = (small_detector("fcos", (8, 16, 32, 64)) for _ in range(2))
+    high.anchor_generator.cell_anchors = [
+        cells * torch.tensor([1, 3, 1, 3]) for cells in square.anchor_generator.cell_anchors
+    ]
+    assert estimate_alpha_for(high, dataset).counts == estimate_alpha_for(square, dataset).counts
+
+
 def test_one_size_is_estimate_alpha_on_what_the_network_sees():
     dataset = draw_dataset(np.random.default_rng(0), 40)
     model = small_detector().eval()

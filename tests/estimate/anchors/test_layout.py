@@ -123,6 +123,7 @@ def test_a_layout_is_immutable_and_equal_to_itself_alone():
     with pytest.raises(dataclasses.FrozenInstanceError):
         layout.num_fused_levels = 3
     assert layout in {layout}
+    assert "GridLevel" not in repr(layout)
     assert layout != other
 
 
