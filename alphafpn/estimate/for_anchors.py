@@ -72,9 +72,11 @@ def estimate_alpha(
     device = images[0].device if images else torch.device("cpu")
     all_sizes = torch.tensor([b.shape[0] for b in images], dtype=torch.int64, device="cpu")
     estimates = []
-    for family in _families(kinds):
+    families = _families(kinds)
+    for family in families:
         members = np.flatnonzero(np.isin(kind_of_image, family))
-        chosen, sizes = [images[i] for i in members], all_sizes[members]
+        chosen = images if len(families) == 1 else [images[i] for i in members]
+        sizes = all_sizes[members]
         dtype = _dtype([*chosen, *(level for k in family for level in _tensors(kinds[k]))])
         matcher = _matcher([kinds[k] for k in family], dtype, device)
         layout = torch.from_numpy(np.searchsorted(family, kind_of_image[members]))
