@@ -298,26 +298,6 @@ def test_anchors_without_area_overlap_nothing():
         assert iou.tolist() == pytest.approx([0, 9 / 75, 0, 0], abs=1e-6)
 
 
-def test_the_second_look_holds_few_pairs_at_once(monkeypatch):
-    pairs = []
-    real = grid.pair_iou
-
-    def spy(boxes, anchors):
-        iou = real(boxes, anchors)
-        pairs.append(iou.numel())
-        return iou
-
-    monkeypatch.setattr(grid, "pair_iou", spy)
-    layout = legacy_layout(FASTER, (512, 640))
-    matcher = grid_matcher(layout)
-    matcher.tolerance = matcher.anchor_noise = math.inf
-    # Boxes as large as the image: all anchors lie in them.
-    boxes = torch.tensor([[0.0, 0, 639.7, 511.9]]).repeat(20, 1)
-    matcher.match(boxes)
-    assert max(pairs) <= grid.PAIRS
-    assert sum(pairs) > sum(len(anchors) for anchors in layout.anchors())
-
-
 def pairs_of(monkeypatch, matcher, boxes):
     """How many box-anchor pairs the second look evaluates, call by call."""
     pairs = []
@@ -332,6 +312,17 @@ def pairs_of(monkeypatch, matcher, boxes):
         patch.setattr(grid, "pair_iou", spy)
         matcher.match(boxes)
     return pairs
+
+
+def test_the_second_look_holds_few_pairs_at_once(monkeypatch):
+    layout = legacy_layout(FASTER, (512, 640))
+    matcher = grid_matcher(layout)
+    matcher.tolerance = matcher.anchor_noise = math.inf
+    # Boxes as large as the image: all anchors lie in them.
+    boxes = torch.tensor([[0.0, 0, 639.7, 511.9]]).repeat(20, 1)
+    pairs = pairs_of(monkeypatch, matcher, boxes)
+    assert max(pairs) <= grid.PAIRS
+    assert sum(pairs) > sum(len(anchors) for anchors in layout.anchors())
 
 
 def test_the_second_look_takes_neighbours_of_boxes_in_doubt(monkeypatch):
