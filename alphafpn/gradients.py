@@ -164,7 +164,7 @@ class _Recorder:
     def _on_features(self, module: nn.Module, args: Any) -> Any:
         leaves = {name: c.detach().requires_grad_() for name, c in args[0].items()}
         self.feature_keys, self.features = list(leaves), list(leaves.values())
-        return type(args[0])(leaves)
+        return (type(args[0])(leaves), *args[1:])
 
     def _on_levels(self, module: nn.Module, args: Any, output: Any) -> Any:
         self.calls += 1

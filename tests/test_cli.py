@@ -208,7 +208,10 @@ def test_tiny_detectors_by_name(name, annotations, capsys):
     assert printed["num_boxes"] == 2
 
 
-def test_as_a_program(tmp_path):
+def test_as_a_program(annotations, tmp_path):
+    good = run("estimate", annotations, *RETINANET, "--json")
+    assert good.returncode == 0
+    assert json.loads(good.stdout)["num_boxes"] == 2
     bad = run("estimate", tmp_path, *RETINANET)
     assert bad.returncode == 2
     assert bad.stdout == ""

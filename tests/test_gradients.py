@@ -107,6 +107,18 @@ def test_a_level_that_no_loss_uses_passes_nothing():
     torch.testing.assert_close(result.norms, expected)
 
 
+def test_what_else_a_pyramid_is_given_reaches_it():
+    class Scaled(FeaturePyramidNetwork):
+        def forward(self, x, factor):
+            return OrderedDict((name, factor * p) for name, p in super().forward(x).items())
+
+    model = ByHand([1.0, 1.0, 1.0])
+    expected = 3 * gradient_shares(model, IMAGES, [{}, {}]).norms
+    model.fpn.__class__ = Scaled
+    model.fpn.register_forward_pre_hook(lambda fpn, args: (*args, 3.0))
+    torch.testing.assert_close(gradient_shares(model, IMAGES, [{}, {}]).norms, expected)
+
+
 def test_a_feature_that_no_gradient_reaches_is_nan_and_prints():
     result = gradient_shares(ByHand([0.0, 1.0, 1.0]), IMAGES, [{}, {}])
     assert result.shares[0].isnan().all()

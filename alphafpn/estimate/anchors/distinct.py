@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,13 +48,14 @@ def _grid_contains(fine: GridLevel, coarse: GridLevel) -> bool:
 
 def _lies_on(cell: Cell, coarse: GridLevel, fine: GridLevel) -> bool:
     """Whether all copies of `cell` on the grid `coarse` are anchors of `fine`."""
-    for other in fine.cells:
-        low, high = np.subtract(cell, other).reshape(2, 2)
-        if np.allclose(low, high, atol=1e-4) and all(
-            _steps_fit(float(low[d]), coarse, fine, 1 - d) for d in (0, 1)
-        ):
-            return True
-    return False
+    return any(
+        all(
+            math.isclose(cell[d] - other[d], cell[2 + d] - other[2 + d], rel_tol=0, abs_tol=1e-4)
+            and _steps_fit(cell[d] - other[d], coarse, fine, 1 - d)
+            for d in (0, 1)
+        )
+        for other in fine.cells
+    )
 
 
 def _steps_fit(offset: float, coarse: GridLevel, fine: GridLevel, d: int) -> bool:

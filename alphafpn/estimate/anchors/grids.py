@@ -41,9 +41,11 @@ def recognise_grid(anchors: Tensor) -> GridLevel | None:
         return None
     low, high = torch.stack(anchors.aminmax()).tolist()
     slack = 4 * torch.finfo(anchors.dtype).eps * max(-low, high)
-    # The next position starts with a copy of the first anchor.
+    # The next position starts with a copy of the first anchor, beside it or below. Irregular
+    # anchors of one size have many copies, and to look at one costs a pass over all anchors.
     moved = anchors[1 : MAX_CELLS + 1] - anchors[0]
     copies = ((moved[:, :2] - moved[:, 2:]).abs() <= slack).all(1)
+    copies &= (moved[:, :2].abs() <= slack).any(1)
     candidates = [int(i) + 1 for i in copies.nonzero()]
     if len(anchors) <= MAX_CELLS:
         candidates.append(len(anchors))
@@ -68,9 +70,9 @@ def _grid_of(anchors: Tensor, num_cells: int, slack: float) -> GridLevel | None:
         steps = size[d] - 1
         step = float(last - cells[0, 1 - d]) / steps if steps else 1.0
         # Anchors are often sums of whole strides, so a step that may be whole is.
-        whole = round(step) * steps
-        if round(step) and math.isclose(step * steps, whole, rel_tol=0, abs_tol=slack):
-            step = float(round(step))
+        whole = round(step)
+        if whole and math.isclose(step * steps, whole * steps, rel_tol=0, abs_tol=slack):
+            step = float(whole)
         if step <= 0:
             return None
         strides.append(step)

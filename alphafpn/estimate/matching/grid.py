@@ -100,7 +100,7 @@ class GridMatcher:
         # The level's code takes the lowest mantissa bits: the finest level has the largest code,
         # so a maximum over levels prefers it among equals.
         self.largest_code = (1 << (self.num_levels - 1).bit_length()) - 1
-        self._memory = torch.stack([like] * _Workspace.ROWS)
+        self._memory = like.new_empty(_Workspace.ROWS, 0)
         self._bound_errors([level for layout in layouts for level in layout])
 
     def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
