@@ -1,12 +1,7 @@
 """Fusion factors for torchvision's feature pyramids (Gong et al., WACV 2021)."""
 
-from alphafpn.estimate import (
-    AlphaEstimate,
-    AnchorLayout,
-    compare_anchors,
-    estimate_alpha,
-    estimate_alpha_for,
-)
+from alphafpn.comparison import compare_anchors
+from alphafpn.estimate import AlphaEstimate, AnchorLayout, estimate_alpha, estimate_alpha_for
 from alphafpn.gradients import gradient_shares
 from alphafpn.pyramid import (
     AlphaFeaturePyramidNetwork,

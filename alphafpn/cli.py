@@ -24,12 +24,12 @@ from torchvision.models import detection, get_model_builder, list_models
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from alphafpn import AlphaEstimate, __version__
+from alphafpn.comparison import compare_probe
 from alphafpn.display import new_axes
-from alphafpn.estimate.annotations.read import read_annotations
-from alphafpn.estimate.compare import compare_view
-from alphafpn.estimate.detector_view import DetectorView
-from alphafpn.estimate.for_detector import estimate_view
-from alphafpn.estimate.result.report import anchors_come_first, warnings
+from alphafpn.estimate.for_detector import estimate_probe
+from alphafpn.estimate.probe import DetectorProbe
+from alphafpn.estimate.read import read_annotations
+from alphafpn.estimate.report import anchors_come_first, warnings
 
 TINY = ("tiny_retinanet", "tiny_faster_rcnn")
 
@@ -154,10 +154,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _estimate(options: argparse.Namespace) -> None:
     kind = None if options.plot is None else _picture_kind(options.plot)
-    view = DetectorView(_detector(options))
+    view = DetectorProbe(_detector(options))
     annotations = read_annotations(options.annotations, category_ids=options.categories)
-    estimate = estimate_view(view, annotations, None if options.no_clamp else (0.2, 2.0))
-    others = compare_view(view, annotations, estimate) if anchors_come_first(estimate) else None
+    estimate = estimate_probe(view, annotations, None if options.no_clamp else (0.2, 2.0))
+    others = compare_probe(view, annotations, estimate) if anchors_come_first(estimate) else None
     if kind is not None:
         _save_plot(estimate, options.plot, kind)
     if options.json:

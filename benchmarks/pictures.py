@@ -16,7 +16,7 @@ from matplotlib import pyplot
 from matplotlib.patches import Rectangle
 
 from alphafpn import AnchorLayout, estimate_alpha
-from alphafpn.estimate.matching.grid import GridMatcher
+from alphafpn.estimate.matcher import GridMatcher
 
 DOCS = Path(__file__).parents[1] / "docs"
 IMAGES = DOCS / "images"

@@ -33,7 +33,7 @@ print(time.perf_counter() - start, peak(), before)
 """
 PROGRAMS = {
     "typed msgspec decode": (
-        "import msgspec\nfrom alphafpn.estimate.annotations.coco import _Coco",
+        "import msgspec\nfrom alphafpn.estimate.coco import _Coco",
         "msgspec.json.Decoder(_Coco).decode(open(sys.argv[1], 'rb').read())",
     ),
     "orjson": ("import orjson", "orjson.loads(open(sys.argv[1], 'rb').read())"),

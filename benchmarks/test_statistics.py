@@ -18,7 +18,7 @@ from torchvision.ops import box_iou
 
 from alphafpn import AnchorLayout, estimate_alpha
 from alphafpn.estimate.counting import count_levels
-from alphafpn.estimate.matching.grid import GridMatcher
+from alphafpn.estimate.matcher import GridMatcher
 from benchmarks.pairs import interleave, spread, timed
 from benchmarks.workload import BOXES, SIZE, boxes, layout
 

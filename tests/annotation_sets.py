@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset, Subset
 from torchvision.tv_tensors import BoundingBoxes
 from torchvision.tv_tensors import Image as TVImage
 
-from alphafpn.estimate.annotations.columns import Annotations
+from alphafpn.estimate.columns import Annotations
 from tests.malformed import annotation, coco
 
 

@@ -15,7 +15,7 @@ from torchvision.models import detection
 
 from alphafpn import __version__, cli, compare_anchors, estimate_alpha_for
 from alphafpn.cli import main
-from alphafpn.estimate.result.report import warnings
+from alphafpn.estimate.report import warnings
 from tests.malformed import MALFORMED, annotation, coco
 
 RETINANET = ("--detector", "retinanet_resnet50_fpn_v2")

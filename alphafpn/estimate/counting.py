@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alphafpn.estimate.matching.search import Matcher
-from alphafpn.estimate.result.alpha_estimate import AlphaEstimate
-from alphafpn.estimate.result.level_statistics import IOU_BINS, IOU_UNIT, SIZE_UNIT
+from alphafpn.estimate.alpha_estimate import AlphaEstimate
+from alphafpn.estimate.level_statistics import IOU_BINS, IOU_UNIT, SIZE_UNIT
+from alphafpn.estimate.search import Matcher
 
 # Boxes matched and added up at once: what bounds the memory beyond the inputs. On a CPU larger
 # blocks give their temporaries back to the system, and mapping them again takes time; on a GPU

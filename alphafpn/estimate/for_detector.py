@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from alphafpn.estimate.anchors.distinct import check_distinct
-from alphafpn.estimate.anchors.layout import AnchorLayout, describe, largest
-from alphafpn.estimate.annotations.columns import Annotations
-from alphafpn.estimate.annotations.read import read_annotations
+from alphafpn.estimate.alpha_estimate import AlphaEstimate
+from alphafpn.estimate.anchor_layout import AnchorLayout, describe, largest
 from alphafpn.estimate.checks import check_clamp
+from alphafpn.estimate.columns import Annotations
 from alphafpn.estimate.counting import LevelCounts, count_levels
-from alphafpn.estimate.detector_view import DetectorView, Size
-from alphafpn.estimate.matching.grid import GridMatcher
-from alphafpn.estimate.matching.ranges import RangeMatcher
-from alphafpn.estimate.matching.search import Matcher
-from alphafpn.estimate.result.alpha_estimate import AlphaEstimate
+from alphafpn.estimate.distinct import check_distinct
+from alphafpn.estimate.fcos import RangeMatcher
+from alphafpn.estimate.matcher import GridMatcher
+from alphafpn.estimate.probe import DetectorProbe, Size
+from alphafpn.estimate.read import read_annotations
+from alphafpn.estimate.search import Matcher
 
 
 def estimate_alpha_for(
@@ -61,13 +61,13 @@ def estimate_alpha_for(
         (0, 1, 1, 0, 0)
     """
     clamp = check_clamp(clamp)
-    view = DetectorView(model)
+    view = DetectorProbe(model)
     annotations = read_annotations(dataset, category_ids=category_ids, progress=progress)
-    return estimate_view(view, annotations, clamp)
+    return estimate_probe(view, annotations, clamp)
 
 
-def estimate_view(
-    view: DetectorView,
+def estimate_probe(
+    view: DetectorProbe,
     annotations: Annotations,
     clamp: tuple[float, float] | None,
     enlarge: int = 1,
@@ -111,7 +111,7 @@ def estimate_view(
 
 
 def _layouts(
-    view: DetectorView, annotations: Annotations, min_size: int | None, enlarge: int
+    view: DetectorProbe, annotations: Annotations, min_size: int | None, enlarge: int
 ) -> tuple[list[AnchorLayout], Tensor, np.ndarray[Any, np.dtype[np.float32]]]:
     """Returns the layouts, which of them each image has, and each image's scale (y, x)."""
     # Sizes repeat: work is per different size, and per different padded shape.

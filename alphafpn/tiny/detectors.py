@@ -24,7 +24,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, sigmoid_focal_loss
 
-from alphafpn.estimate.detector_view import DetectorView
+from alphafpn.estimate.probe import DetectorProbe
 from alphafpn.pyramid import Alpha
 from alphafpn.surgery import patch_detector
 
@@ -328,7 +328,7 @@ def _anchor_generator(sizes: PerLevel, ratios: PerLevel) -> AnchorGenerator:
 
 def _check_levels(model: nn.Module, anchors: AnchorGenerator) -> list[str]:
     """Names of the fused feature maps, if there are anchors for each map."""
-    view = DetectorView(model)
+    view = DetectorProbe(model)
     names = [name for name, _ in view.feature_maps((256, 256))]
     if len(names) != len(anchors.cell_anchors):
         raise ValueError(

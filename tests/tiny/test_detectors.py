@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign, box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from alphafpn.estimate.anchors.layout import AnchorLayout
+from alphafpn.estimate.anchor_layout import AnchorLayout
 from alphafpn.estimate.for_detector import estimate_alpha_for
 from alphafpn.pyramid import (
     AlphaFeaturePyramidNetwork,

@@ -1,1 +1,0 @@
-"""What anchors lie where on an image: layouts, and the view of a detector that has them."""

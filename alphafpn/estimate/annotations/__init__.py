@@ -1,1 +1,0 @@
-"""What a user has of ground truth -> image sizes and boxes. Knows no model."""

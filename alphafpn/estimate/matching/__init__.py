@@ -1,1 +1,0 @@
-"""Which pyramid level holds the best anchor of each box. Pure tensors."""

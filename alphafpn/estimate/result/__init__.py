@@ -1,1 +1,0 @@
-"""The estimate: factors, the counts they come from, report and picture."""
