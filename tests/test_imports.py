@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "alphafpn"
 LAYERS = [
     "alphafpn.display",
     "alphafpn.estimate.checks",
+    "alphafpn.estimate.resize",
     "alphafpn.estimate.probe",
     "alphafpn.estimate.grids",
     "alphafpn.estimate.anchor_layout",
