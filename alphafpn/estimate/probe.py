@@ -13,6 +13,9 @@ from torchvision.ops import FeaturePyramidNetwork
 
 from alphafpn.estimate.resize import Resize, Size, is_stock
 
+# By name: importing FSDP to ask would load all of torch.distributed.
+_WRAPPERS = ("ScriptModule", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+
 
 def find_detector(model: nn.Module) -> Any:
     """Returns the only detector in `model`: a module with a `transform` and a `backbone`.
@@ -35,6 +38,19 @@ def find_detector(model: nn.Module) -> Any:
             f"{len(found) or 'none'} in {type(model).__name__} ({names or 'no parts'})"
         )
     return next(iter(found.values()))
+
+
+def refuse_wrappers(model: nn.Module, advice: str) -> None:
+    """Raises TypeError if anything in `model` is scripted or wrapped in DDP or FSDP."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    for path, module in model.named_modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in _WRAPPERS:
+                raise TypeError(
+                    f"{path or 'model'}: expected a module without wrapper, found a "
+                    f"{cls.__name__} ({type(module).__name__}); {advice}"
+                )
 
 
 class DetectorProbe:
