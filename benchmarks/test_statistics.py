@@ -17,8 +17,8 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 from alphafpn import AnchorLayout, estimate_alpha
-from alphafpn.estimate.counting import count_levels
 from alphafpn.estimate.matcher import GridMatcher
+from alphafpn.estimate.s_alpha import BLOCK, count_levels
 from benchmarks.pairs import interleave, spread, timed
 from benchmarks.workload import BOXES, SIZE, boxes, layout
 
@@ -27,7 +27,7 @@ ROWS = 16
 
 
 def matcher(lay: AnchorLayout, device: str) -> GridMatcher:
-    return GridMatcher([lay._levels], torch.float32, torch.device(device))
+    return GridMatcher(lay.cell_anchors, [lay], torch.float32, torch.device(device))
 
 
 def levels_and_counts(found: GridMatcher, all_boxes: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def test_estimate_alpha(benchmark: Any, record: Any, device: str, shapes: int) -
     counts = torch.tensor([len(b) for b in per_image])
     found = matcher(lay, device)
     inner = repeat(
-        lambda: count_levels(found, all_boxes, counts, 5, torch.zeros_like(counts)), device
+        lambda: count_levels(found, all_boxes.split(BLOCK), counts, 5), device
     )
     times = repeat(lambda: estimate_alpha(lay, per_image), device)
     benchmark.pedantic(lambda: estimate_alpha(lay, per_image), rounds=3)
@@ -183,15 +183,15 @@ def test_many_shapes_of_images(benchmark: Any, record: Any, device: str) -> None
     scale = torch.tensor([(w / SIZE[1], h / SIZE[0]) * 2 for h, w in sizes], device=device)
     scaled = all_boxes * scale[which.repeat_interleave(counts)]
     one = matcher(layout(3), device)
-    many = GridMatcher(
-        [layout(3, size)._levels for size in sizes], torch.float32, torch.device(device)
-    )
+    layouts = [layout(3, size) for size in sizes]
+    cells = layouts[0].cell_anchors
+    many = GridMatcher(cells, layouts, torch.float32, torch.device(device))
 
     def run_many() -> object:
-        return count_levels(many, scaled, counts, 5, which)
+        return count_levels(many, scaled.split(BLOCK), counts, 5, which)
 
     pairs = interleave(
-        lambda: count_levels(one, all_boxes, counts, 5, torch.zeros_like(counts)),
+        lambda: count_levels(one, all_boxes.split(BLOCK), counts, 5),
         run_many,
         device=device,
         seconds=4,
@@ -207,7 +207,7 @@ def test_number_of_anchors(benchmark: Any, record: Any, factor: float) -> None:
     found, all_boxes = matcher(lay, "cpu"), boxes(size=size)
     times = repeat(lambda: levels_and_counts(found, all_boxes), "cpu", 1.0)
     benchmark.pedantic(lambda: levels_and_counts(found, all_boxes), rounds=3)
-    anchors = sum(level.size[0] * level.size[1] * len(level.cells) for level in lay._levels)
+    anchors = sum(map(len, lay.anchors()))
     record(f"anchors/{anchors:,}", anchors=anchors, **spread(times))
 
 
@@ -216,10 +216,10 @@ def test_number_of_boxes(benchmark: Any, record: Any, device: str, count: int) -
     found, all_boxes = matcher(layout(3), device), boxes(count, device=device)
     counts = torch.full((count // 10,), 10)
     times = repeat(
-        lambda: count_levels(found, all_boxes, counts, 5, torch.zeros_like(counts)), device, 1.0
+        lambda: count_levels(found, all_boxes.split(BLOCK), counts, 5), device, 1.0
     )
     benchmark.pedantic(
-        lambda: count_levels(found, all_boxes, counts, 5, torch.zeros_like(counts)), rounds=3
+        lambda: count_levels(found, all_boxes.split(BLOCK), counts, 5), rounds=3
     )
     record(
         f"boxes/{count:,}",
