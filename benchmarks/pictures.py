@@ -30,9 +30,9 @@ def algorithm1(path: Path) -> None:
     boxes = torch.tensor(
         [[8.0, 8.0, 20.0, 22.0], [36.0, 10.0, 50.0, 24.0], [18.0, 33.0, 46.0, 61.0]]
     )
-    levels, ious = GridMatcher(
-        layout.cell_anchors, [layout], boxes.dtype, boxes.device
-    ).match(boxes)
+    levels, ious = GridMatcher(layout.cell_anchors, [layout], boxes.dtype, boxes.device).match(
+        boxes
+    )
     estimate = estimate_alpha(layout, boxes)
     figure, axes = pyplot.subplots(figsize=(6.4, 5.2), layout="constrained")
     for i, (anchors, colour) in enumerate(zip(layout.anchors(), COLOURS, strict=True)):

@@ -92,9 +92,7 @@ def test_estimate_alpha(benchmark: Any, record: Any, device: str, shapes: int) -
     per_image = list(all_boxes.split(7))
     counts = torch.tensor([len(b) for b in per_image])
     found = matcher(lay, device)
-    inner = repeat(
-        lambda: count_levels(found, all_boxes.split(BLOCK), counts, 5), device
-    )
+    inner = repeat(lambda: count_levels(found, all_boxes.split(BLOCK), counts, 5), device)
     times = repeat(lambda: estimate_alpha(lay, per_image), device)
     benchmark.pedantic(lambda: estimate_alpha(lay, per_image), rounds=3)
     record(
@@ -215,12 +213,8 @@ def test_number_of_anchors(benchmark: Any, record: Any, factor: float) -> None:
 def test_number_of_boxes(benchmark: Any, record: Any, device: str, count: int) -> None:
     found, all_boxes = matcher(layout(3), device), boxes(count, device=device)
     counts = torch.full((count // 10,), 10)
-    times = repeat(
-        lambda: count_levels(found, all_boxes.split(BLOCK), counts, 5), device, 1.0
-    )
-    benchmark.pedantic(
-        lambda: count_levels(found, all_boxes.split(BLOCK), counts, 5), rounds=3
-    )
+    times = repeat(lambda: count_levels(found, all_boxes.split(BLOCK), counts, 5), device, 1.0)
+    benchmark.pedantic(lambda: count_levels(found, all_boxes.split(BLOCK), counts, 5), rounds=3)
     record(
         f"boxes/{count:,}",
         device,

@@ -252,7 +252,9 @@ class AlphaEstimate(Sequence[float]):
         # Small images may change all strides but the finest.
         finest = {e.strides[:1] or e.level_names for e in known}
         if len(self.counts) != len(other.counts) or len(finest) > 1:
-            raise ValueError(f"other: expected levels {self.level_names}, found {other.level_names}")
+            raise ValueError(
+                f"other: expected levels {self.level_names}, found {other.level_names}"
+            )
         cells = {e.anchors_per_cell for e in known}
         merged: dict[str, Any] = {
             "level_names": larger.level_names,
@@ -284,7 +286,9 @@ class AlphaEstimate(Sequence[float]):
         """
         if not shards.is_shard():
             return self
-        return functools.reduce(AlphaEstimate.merge, map(self.from_dict, shards.exchange(self.to_dict())))
+        return functools.reduce(
+            AlphaEstimate.merge, map(self.from_dict, shards.exchange(self.to_dict()))
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as strict JSON: lists, and None for what is not finite."""
@@ -314,7 +318,9 @@ class AlphaEstimate(Sequence[float]):
         try:
             return msgspec.convert(data, type=cls)
         except msgspec.ValidationError as error:
-            raise ValueError(f"data: expected the dict of an AlphaEstimate, found {error}") from None
+            raise ValueError(
+                f"data: expected the dict of an AlphaEstimate, found {error}"
+            ) from None
 
     def summary(self) -> str:
         """Returns the table that a person reads: levels, factors, warnings and advice."""

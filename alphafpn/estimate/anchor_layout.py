@@ -111,14 +111,17 @@ class AnchorLayout:
             ValueError: If a level is no regular grid; the message names it.
         """
         levels = [check_anchors(level, f"levels[{i}]") for i, level in enumerate(levels)]
-        grids = [recognise_grid(level) for level in levels]
-        if None in grids:
-            raise ValueError(
-                f"levels[{grids.index(None)}]: expected anchors on a regular grid, row by row, "
-                "found others"
-            )
+        grids = []
+        for i, level in enumerate(levels):
+            grid = recognise_grid(level)
+            if grid is None:
+                raise ValueError(
+                    f"levels[{i}]: expected anchors on a regular grid, row by row, found others"
+                )
+            grids.append(grid)
+        cells, strides, grid_sizes = zip(*grids, strict=True)
         k = len(levels) - 1 if num_fused_levels is None else num_fused_levels
-        return cls(*zip(*(grid for grid in grids if grid), strict=True), num_fused_levels=k)
+        return cls(cells, strides, grid_sizes, k)
 
     @property
     def level_names(self) -> tuple[str, ...]:
@@ -150,7 +153,8 @@ def _on_grid(cells: Tensor, stride: tuple[float, float], size: Size) -> Tensor:
     )
     shift_y, shift_x = torch.meshgrid(y, x, indexing="ij")
     shifts = torch.stack([shift_x, shift_y, shift_x, shift_y], dim=-1)
-    return (shifts[:, :, None] + cells).view(-1, 4)
+    anchors: Tensor = shifts[:, :, None] + cells
+    return anchors.view(-1, 4)
 
 
 def recognise_grid(anchors: Tensor) -> tuple[Tensor, tuple[float, float], Size] | None:
@@ -181,7 +185,8 @@ def _grid_of(anchors: Tensor, num_cells: int) -> tuple[Tensor, tuple[float, floa
     for n, distance in zip(size, (last - cells[0])[[1, 0]].tolist(), strict=True):
         step = distance / (n - 1) if n > 1 else 1.0
         # Rounded anchors of a whole stride are recognised by that stride.
-        strides.append(float(round(step)) if math.isclose(step, round(step), rel_tol=1e-4) else step)
+        whole = float(round(step))
+        strides.append(whole if math.isclose(step, whole, rel_tol=1e-4) else step)
     if min(strides) <= 0:
         return None
     stride = strides[0], strides[1]
@@ -191,23 +196,23 @@ def _grid_of(anchors: Tensor, num_cells: int) -> tuple[Tensor, tuple[float, floa
 
 def check_anchors(anchors: Any, where: str) -> Tensor:
     """Returns `anchors` as `check_boxes` does; at least one is needed."""
-    anchors = check_boxes(anchors, where)
-    if len(anchors) == 0:
+    checked = check_boxes(anchors, where)
+    if len(checked) == 0:
         raise ValueError(f"{where}: expected at least one anchor, found none")
-    return anchors
+    return checked
 
 
 def check_distinct(anchors: AnchorLayout | Sequence[Tensor], where: str) -> None:
     """Raises ValueError if all anchors of a level also lie on a finer one."""
-    is_layout = isinstance(anchors, AnchorLayout)
-    names = anchors.level_names if is_layout else [str(i) for i in range(len(anchors))]
-    cells = anchors.cell_anchors if is_layout else anchors
-    levels: Sequence[Tensor] | None = None if is_layout else anchors
-    for j, i in ((j, i) for j in range(len(cells)) for i in range(j)):
-        # Only cell anchors of equal size can coincide: so most layouts need no anchors.
-        if is_layout and not _same_size(cells[i], cells[j][0]):
-            continue
-        levels = anchors.anchors() if levels is None else levels
+    if isinstance(anchors, AnchorLayout):
+        # Only cell anchors of equal size can coincide, so most layouts need no anchors.
+        cells, names = anchors.cell_anchors, anchors.level_names
+        pairs = [p for p in _pairs(len(cells)) if _same_size(cells[p[0]], cells[p[1]][0])]
+        levels: Sequence[Tensor] = anchors.anchors() if pairs else ()
+    else:
+        levels, names = anchors, tuple(str(i) for i in range(len(anchors)))
+        pairs = _pairs(len(levels))
+    for i, j in pairs:
         if _contains(levels[i], levels[j]):
             fine, coarse = (names[k].removeprefix("level ") for k in (i, j))
             raise ValueError(
@@ -217,6 +222,10 @@ def check_distinct(anchors: AnchorLayout | Sequence[Tensor], where: str) -> None
                 "level: see AnchorLayout.from_detector. Its MobileNet detectors have such levels "
                 "by design; patch them with factors of your choice.)"
             )
+
+
+def _pairs(num_levels: int) -> list[tuple[int, int]]:
+    return [(i, j) for j in range(num_levels) for i in range(j)]
 
 
 def _same_size(cells: Tensor, cell: Tensor) -> bool:

@@ -57,14 +57,12 @@ def to_xyxy(boxes: Tensor, where: str) -> Tensor:
     # Few need it, and it is slow to import.
     from torchvision.transforms.v2.functional import convert_bounding_box_format
 
-    plain = boxes.as_subclass(Tensor)
+    plain: Tensor = boxes.as_subclass(Tensor)
     if boxes.format is BoundingBoxFormat.XYXY:
         return plain
-    return convert_bounding_box_format(
-        plain if plain.dtype == torch.float64 else plain.float(),
-        boxes.format,
-        BoundingBoxFormat.XYXY,
-    )
+    plain = plain if plain.dtype == torch.float64 else plain.float()
+    xyxy: Tensor = convert_bounding_box_format(plain, boxes.format, BoundingBoxFormat.XYXY)
+    return xyxy
 
 
 def check_num_fused_levels(num_fused_levels: Any, num_levels: int) -> int:

@@ -91,7 +91,7 @@ class GridMatcher:
         # High corners and the negatives of the low ones: x2, y2, -x1, -y1.
         corners = torch.empty(4, len(boxes), dtype=self.dtype, device=self.device)
         corners[:2] = boxes[:, 2:].t()
-        torch.neg(boxes[:, :2].t(), out=corners[2:])
+        corners[2:] = boxes[:, :2].t().neg()
         centre = (corners[:2] - corners[2:]) / 2
         area = (corners[:2] + corners[2:]).prod(0)
         best, second = torch.zeros_like(area), torch.zeros_like(area)

@@ -348,7 +348,8 @@ def count_levels(
 def _blocks(images: Sequence[Tensor], names: Sequence[str]) -> Iterator[Tensor]:
     """Yields the boxes of all images in blocks, checked; `names` are those of the images."""
     try:
-        some, count = [], 0
+        some: list[Tensor] = []
+        count = 0
         for piece in (piece for boxes in images for piece in boxes.split(BLOCK)):
             if count + len(piece) > BLOCK:
                 yield check_boxes(torch.cat(some), "")
@@ -399,7 +400,7 @@ def _groups(anchors: Any, num_images: int) -> list[tuple[AnchorLayout | Levels, 
             f"anchors: expected an AnchorLayout or tensors, found {type(anchors).__name__}; "
             "estimate_alpha_for takes a detector"
         )
-    if isinstance(anchors, Tensor | str | bytes) or not isinstance(anchors, Sequence) or not anchors:
+    if isinstance(anchors, Tensor | str) or not (isinstance(anchors, Sequence) and anchors):
         raise TypeError(
             "anchors: expected an AnchorLayout, a sequence of tensors [N_l, 4] per level, or a "
             f"sequence of one of these per image, found {_describe(anchors)}"
@@ -442,7 +443,8 @@ def _checked(anchors: AnchorLayout | Levels, where: str) -> AnchorLayout | Level
         grids = [grid for level in levels if (grid := recognise_grid(level)) is not None]
         checked = levels
         if len(levels) > 1 and len(grids) == len(levels):
-            checked = AnchorLayout(*zip(*grids, strict=True), num_fused_levels=len(levels))
+            cells, strides, grid_sizes = zip(*grids, strict=True)
+            checked = AnchorLayout(cells, strides, grid_sizes, len(levels))
     check_distinct(checked, where)
     return checked
 
