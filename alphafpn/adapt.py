@@ -163,8 +163,14 @@ def adapt_detector(
 def _check_maps(detector: Any, name: str) -> None:
     """Raises ValueError if a skeleton has not as many feature maps as levels of anchors."""
     backbone = detector.backbone
-    maps = run_backbone(backbone, (1, input_channels(backbone), _SIDE, _SIDE))
     num_levels = len(anchor_generator(detector).cell_anchors)
+    try:
+        maps = run_backbone(backbone, (1, input_channels(backbone), _SIDE, _SIDE))
+    except Exception as error:  # of the user's code
+        raise ValueError(
+            f"{name}: expected a backbone that makes feature maps for {num_levels} levels of "
+            f"anchors, found {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
     if len(maps) != num_levels:
         raise ValueError(
             f"{name}: expected feature maps for {num_levels} levels of anchors, found {len(maps)} "
@@ -199,7 +205,7 @@ def change(detector: Any, scale: float, finer_level: bool, input_scale: float) -
             pool.scales = pool.map_levels = None  # kept from its first call
             if level is not None:
                 names = [level.names.get(str(name), name) for name in pool.featmap_names]
-                pool.featmap_names = [level.name, *names]
+                pool.featmap_names = list(dict.fromkeys([level.name, *names]))
 
 
 def scaled_anchors(
@@ -223,8 +229,7 @@ def scaled_anchors(
     elif scale == 1:
         cells = old  # bitwise
     else:
-        centres = [(cell[:, :2] + cell[:, 2:]).repeat(1, 2) / 2 for cell in old]
-        cells = [c + (cell - c) * scale for c, cell in zip(centres, old, strict=True)]
+        cells = [_about_centre(cell, scale) for cell in old]
     if finer_level:
         sizes.insert(0, tuple(size / 2 for size in sizes[0]))
         ratios.insert(0, ratios[0])
@@ -239,6 +244,12 @@ def scaled_anchors(
                     f"anchor on level {level} would have {width:g} x {height:g} pixels"
                 )
     return tuple(sizes), tuple(ratios), cells
+
+
+def _about_centre(cell: Tensor, scale: float) -> Tensor:
+    exact = cell.to(torch.promote_types(cell.dtype, torch.float32))
+    centre = (exact[:, :2] + exact[:, 2:]).repeat(1, 2) / 2
+    return (centre + (exact - centre) * scale).to(cell)
 
 
 def anchor_sizes(generator: AnchorGenerator) -> tuple[tuple[float, ...], ...]:
@@ -425,9 +436,10 @@ def _like(block: Any, in_channels: int | None = None) -> Any:
     """Makes a block of a pyramid in the form of another one, initialised as torchvision does."""
     convolution = block[0] if isinstance(block, nn.Sequential) else None
     if type(convolution) is not nn.Conv2d:
+        found = type(block).__name__ if convolution is None else f"a {_class(convolution)} there"
         raise ValueError(
-            "finer_level: expected blocks of the pyramid that begin with a Conv2d, found "
-            f"{type(block).__name__} with {type(convolution).__name__}"
+            "finer_level: expected blocks of the pyramid that are a Sequential with a Conv2d "
+            f"first, found {found}"
         )
     # Parameters made under inference mode could not be trained.
     with torch.inference_mode(False), torch.no_grad():
