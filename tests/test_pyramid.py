@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import FeaturePyramidNetwork
 
 from alphafpn.pyramid import (
@@ -63,7 +64,9 @@ class Estimate(Sequence):
 def test_alpha_one_is_bitwise_the_parent(norm, extra, alpha):
     stock = make_pyramid(norm, extra)
     ours = make_alpha(alpha, norm=norm, extra=extra)
-    assert_equal_maps(ours(make_features()), stock(make_features()))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert_equal_maps(ours(make_features()), stock(make_features()))
 
 
 @settings(deadline=None, max_examples=60)
@@ -82,6 +85,19 @@ def test_equals_the_literal_equation(data, levels, size, dtype):
     for p, expected in zip(found, literal_pyramid(fpn, fpn.alpha.tolist(), x), strict=True):
         assert p.dtype == dtype
         assert torch.equal(p, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("alpha", [FACTORS, LearnableAlpha(FACTORS), AttentionAlpha(FACTORS)])
+def test_inference_differs_from_training_by_rounding(alpha, dtype):
+    fpn = make_alpha(alpha).to(dtype)
+    x = OrderedDict((name, c.to(dtype)) for name, c in make_features().items())
+    with torch.no_grad():
+        found = fpn(x)
+    for name, p in fpn(x).items():
+        assert found[name].dtype == dtype
+        rounding = 8 * torch.finfo(dtype).eps * p.abs().max()
+        assert (found[name] - p).abs().max() <= rounding
 
 
 def test_factors_are_ordered_finest_edge_first():
@@ -135,6 +151,58 @@ def test_gradients_of_factors_are_right_to_finite_differences(alpha):
         return fpn(OrderedDict(zip("0123", inputs[:4], strict=True)))["0"][..., ::5]
 
     assert torch.autograd.gradcheck(finest, (*features, *parameters), fast_mode=True)
+
+
+# What it costs
+
+
+class Kernels(TorchDispatchMode):
+    """Names the operations that compute something; on a GPU each is a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name not in {"aten::expand", "aten::unbind", "aten::detach"}:
+            self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def kernels(run):
+    with Kernels() as counter:
+        run()
+    return counter.names
+
+
+@pytest.mark.parametrize("kind", [list, LearnableAlpha])
+def test_inference_runs_one_kernel_for_each_of_stocks(kind):
+    stock, ours, x = make_pyramid(), make_alpha(kind(FACTORS)), make_features()
+    with torch.no_grad():
+        expected, found = kernels(lambda: stock(x)), kernels(lambda: ours(x))
+    assert [name.replace("addcmul", "add") for name in found] == expected
+
+
+def saved_bytes(fpn):
+    """What the graph keeps for its backward pass, each storage once."""
+    storages = {}
+
+    def keep(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = {name: c.requires_grad_() for name, c in make_features().items()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        maps = fpn(x)
+    del maps
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("alpha", [FACTORS, LearnableAlpha(FACTORS), LearnableAlpha(shared=True)])
+def test_training_saves_no_map_that_stock_does_not_save(alpha):
+    fpn = make_alpha(alpha)
+    factors = fpn.alpha.untyped_storage().nbytes()
+    assert saved_bytes(fpn) - saved_bytes(make_pyramid()) <= factors
 
 
 # The kinds
