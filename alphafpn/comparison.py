@@ -14,11 +14,10 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from alphafpn.display import table
 from alphafpn.estimate.alpha_estimate import AlphaEstimate
+from alphafpn.estimate.annotations import Annotations, read_annotations
 from alphafpn.estimate.checks import check_clamp
-from alphafpn.estimate.columns import Annotations
 from alphafpn.estimate.for_detector import estimate_probe
 from alphafpn.estimate.probe import DetectorProbe
-from alphafpn.estimate.read import read_annotations
 from alphafpn.estimate.report import factor_origin, factors
 
 # Anchor sizes and input size, as multiples of the detector's own.

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from alphafpn.estimate.alpha_estimate import AlphaEstimate
 from alphafpn.estimate.anchor_layout import AnchorLayout, describe, largest
+from alphafpn.estimate.annotations import Annotations, read_annotations
 from alphafpn.estimate.checks import check_clamp
-from alphafpn.estimate.columns import Annotations
 from alphafpn.estimate.counting import LevelCounts, count_levels
 from alphafpn.estimate.distinct import check_distinct
 from alphafpn.estimate.fcos import RangeMatcher
 from alphafpn.estimate.matcher import GridMatcher
 from alphafpn.estimate.probe import DetectorProbe, Size
-from alphafpn.estimate.read import read_annotations
 from alphafpn.estimate.search import Matcher
 
 
@@ -90,7 +89,7 @@ def estimate_probe(
         found = count_levels(
             matcher,
             boxes,
-            torch.from_numpy(annotations.counts),
+            torch.from_numpy(annotations.boxes_per_image),
             len(layouts[0].cell_anchors),
             layout,
         )
@@ -106,7 +105,7 @@ def estimate_probe(
         left_out=dict(annotations.left_out),
         num_clipped=annotations.num_clipped,
         detections_per_image=limit,
-        num_crowded=0 if limit is None else int((annotations.counts > limit).sum()),
+        num_crowded=0 if limit is None else int((annotations.boxes_per_image > limit).sum()),
     )
 
 
@@ -115,7 +114,7 @@ def _layouts(
 ) -> tuple[list[AnchorLayout], Tensor, np.ndarray[Any, np.dtype[np.float32]]]:
     """Returns the layouts, which of them each image has, and each image's scale (y, x)."""
     # Sizes repeat: work is per different size, and per different padded shape.
-    key = annotations.sizes[:, 0] << 32 | annotations.sizes[:, 1]
+    key = annotations.image_sizes[:, 0] << 32 | annotations.image_sizes[:, 1]
     unique, first, size_of_image = np.unique(key, return_index=True, return_inverse=True)
     index: dict[Size, int] = {}
     layouts: list[AnchorLayout] = []
@@ -140,5 +139,5 @@ def _resized(annotations: Annotations, scale: np.ndarray[Any, np.dtype[np.float3
     """Returns boxes [G, 4] in pixels of the resized images."""
     factors = torch.from_numpy(np.ascontiguousarray(scale[:, ::-1]).repeat(2, axis=0))
     # One row (x, y, x, y) per image, then one per box.
-    rows = factors.view(-1, 4).repeat_interleave(torch.from_numpy(annotations.counts), 0)
+    rows = factors.view(-1, 4).repeat_interleave(torch.from_numpy(annotations.boxes_per_image), 0)
     return rows.mul_(torch.from_numpy(annotations.boxes))
