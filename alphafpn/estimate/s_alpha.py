@@ -20,20 +20,19 @@ from alphafpn.estimate.anchor_layout import (
     largest,
     recognise_grid,
 )
+from alphafpn.estimate.annotations import Annotations, Id, read_annotations
 from alphafpn.estimate.checks import (
     DEFAULT_CLAMP,
     check_boxes,
     check_clamp,
     check_num_fused_levels,
 )
-from alphafpn.estimate.columns import Annotations
 from alphafpn.estimate.fcos import RangeMatcher
 from alphafpn.estimate.matcher import GridMatcher
 from alphafpn.estimate.probe import DetectorProbe
-from alphafpn.estimate.read import read_annotations
 from alphafpn.estimate.resize import Size
 from alphafpn.estimate.search import Matcher, SearchMatcher
-from alphafpn.estimate.shards import failures_are_shared
+from alphafpn.estimate.shards import failures_are_shared, is_shard
 
 # Boxes that are matched and counted at once. This bounds temporary memory.
 BLOCK = 1 << 19
@@ -115,7 +114,7 @@ def estimate_alpha_for(
     model: nn.Module,
     dataset: Any,
     *,
-    category_ids: Collection[int] | None = None,
+    category_ids: Collection[Id] | None = None,
     clamp: tuple[float, float] | None = DEFAULT_CLAMP,
     progress: bool = False,
 ) -> AlphaEstimate:
@@ -139,8 +138,9 @@ def estimate_alpha_for(
 
     Raises:
         TypeError: If `model` or `dataset` is of another kind.
-        ValueError: If an annotation is broken, no boxes are left, or two levels of the detector
-            cannot be told apart (torchvision's MobileNet detectors).
+        ValueError: If the data set is broken, no boxes are left, or two levels of the detector
+            cannot be told apart (torchvision's MobileNet detectors). One of several processes of a
+            `torch.distributed` group may have no boxes: its estimate is a shard for `all_reduce`.
 
     Examples:
         >>> from torchvision.models import get_model
@@ -151,7 +151,9 @@ def estimate_alpha_for(
     """
     clamp = check_clamp(clamp)
     probe = DetectorProbe(model)
-    annotations = read_annotations(dataset, category_ids=category_ids, progress=progress)
+    annotations = read_annotations(
+        dataset, category_ids=category_ids, progress=progress, allow_empty=is_shard()
+    )
     return estimate_probe(probe, annotations, clamp)
 
 
@@ -182,8 +184,10 @@ def estimate_probe(
         **describe(layouts, num_levels),
         left_out=dict(annotations.left_out),
         num_clipped=annotations.num_clipped,
+        num_fit_swapped=annotations.num_fit_swapped,
+        notes=dict(annotations.notes),
         detections_per_image=limit,
-        num_crowded=0 if limit is None else int((annotations.counts > limit).sum()),
+        num_crowded=0 if limit is None else int((annotations.boxes_per_image > limit).sum()),
     )
 
 
@@ -219,7 +223,7 @@ def input_boxes(probe: DetectorProbe, annotations: Annotations, min_size: int | 
         ValueError: If a resized image has no pixels; the message names it.
     """
     # Sizes repeat: work is per different size, and per different padded shape.
-    key = annotations.sizes[:, 0] << 32 | annotations.sizes[:, 1]
+    key = annotations.image_sizes[:, 0] << 32 | annotations.image_sizes[:, 1]
     unique, first, size_of_image = np.unique(key, return_index=True, return_inverse=True)
     index: dict[Size, int] = {}
     layouts: list[AnchorLayout] = []
@@ -237,7 +241,7 @@ def input_boxes(probe: DetectorProbe, annotations: Annotations, min_size: int | 
         layout_of_size[i] = index[padded]
         # `resize_boxes` divides in float32.
         scale[i] = np.asarray(resized, np.float32) / np.asarray(size, np.float32)
-    boxes_per_image = torch.from_numpy(annotations.counts)
+    boxes_per_image = torch.from_numpy(annotations.boxes_per_image)
     # One row (x, y, x, y) per image, then one per box.
     factors = torch.from_numpy(scale[size_of_image][:, ::-1].repeat(2, axis=0).copy())
     boxes = factors.view(-1, 4).repeat_interleave(boxes_per_image, 0)
