@@ -20,13 +20,14 @@ from alphafpn.estimate.anchor_layout import (
     largest,
     recognise_grid,
 )
-from alphafpn.estimate.annotations import Annotations, Id, read_annotations
+from alphafpn.estimate.annotations import Annotations, read_annotations
 from alphafpn.estimate.checks import (
     DEFAULT_CLAMP,
     check_boxes,
     check_clamp,
     check_num_fused_levels,
 )
+from alphafpn.estimate.coco import Id
 from alphafpn.estimate.fcos import RangeMatcher
 from alphafpn.estimate.matcher import GridMatcher
 from alphafpn.estimate.probe import DetectorProbe
@@ -103,8 +104,8 @@ def estimate_alpha(
         else:
             matcher = SearchMatcher(kind, dtype, device)
         boxes_per_image = torch.tensor([len(b) for b in chosen], dtype=torch.int64, device="cpu")
-        names = [name.format(i) for i in members]
-        counts = count_levels(matcher, _blocks(chosen, names), boxes_per_image, num_levels)
+        blocks = _blocks(chosen, members, name)
+        counts = count_levels(matcher, blocks, boxes_per_image, num_levels)
         estimates.append(counts.estimate(num_fused_levels, clamp, **description))
     return functools.reduce(AlphaEstimate.merge, estimates)
 
@@ -128,11 +129,12 @@ def estimate_alpha_for(
 
     Args:
         model: A torchvision detector with a feature pyramid, or a module that holds exactly one.
-        dataset: A path to a COCO-format JSON file, or a sequence of paths, which count as one file
-            (ids are each file's own); an iterable of `((height, width), boxes)` with
-            boxes [n, 4] xyxy in original pixels; or a torchvision-style data set whose targets hold
-            `boxes`.
-        category_ids: Count only boxes of these categories.
+        dataset: A path to a COCO JSON file, or a sequence of paths, which count as one file (ids
+            are each file's own), or such a file as a dictionary in memory; an iterable of
+            `((height, width), boxes)` with boxes [n, 4] xyxy in original pixels; or a
+            torchvision-style data set: `(image, target, ...)` with `boxes` in the target, or
+            dictionaries with `image` and `boxes` or `bbox_xyxy`.
+        category_ids: Count only boxes of these categories: COCO ids, or the items' labels.
         clamp: (lower, upper) bound of the factors, or None.
         progress: Show a progress bar on stderr while a data set is read item by item.
 
@@ -349,8 +351,8 @@ def count_levels(
     return LevelCounts(per_image, histogram, size_sum)
 
 
-def _blocks(images: Sequence[Tensor], names: Sequence[str]) -> Iterator[Tensor]:
-    """Yields the boxes of all images in blocks, checked; `names` are those of the images."""
+def _blocks(images: Sequence[Tensor], members: Sequence[int], name: str) -> Iterator[Tensor]:
+    """Yields the boxes of all images in blocks, checked; `members` are the images' numbers."""
     try:
         some: list[Tensor] = []
         count = 0
@@ -363,8 +365,8 @@ def _blocks(images: Sequence[Tensor], names: Sequence[str]) -> Iterator[Tensor]:
         if count:
             yield check_boxes(torch.cat(some), "")
     except ValueError:
-        for boxes, name in zip(images, names, strict=True):
-            check_boxes(boxes, name)
+        for boxes, i in zip(images, members, strict=True):
+            check_boxes(boxes, name.format(i))
         raise
 
 

@@ -98,7 +98,7 @@ def test_level_names(strides, names, expected):
         ({"strides": [8, 0]}, ValueError, r"strides\[1\]: expected positive"),
         ({"strides": [8, math.inf]}, ValueError, r"strides\[1\]: expected positive"),
         ({"strides": [8, (8, math.nan)]}, ValueError, r"strides\[1\]: expected positive"),
-        ({"strides": ["ab", 8]}, TypeError, r"strides\[0\]: expected a number or \(y, x\) .*'ab'"),
+        ({"strides": ["ab", 8]}, TypeError, r"strides\[0\]: expected a number or \(y, x\), .*'ab'"),
         ({"strides": [8, (1, 2, 3)]}, TypeError, r"strides\[1\]"),
         ({"grid_sizes": [(4, 4), (0, 4)]}, ValueError, r"grid_sizes\[1\]: .* at least 1"),
         ({"grid_sizes": [(4, 4), (2.5, 4)]}, TypeError, r"grid_sizes\[1\]: .* whole"),
@@ -175,14 +175,15 @@ def test_recognised_grids_give_the_same_anchors(seed, kind):
     for cells, size, stride, anchors in zip(
         layout.cell_anchors, layout.grid_sizes, layout.strides, layout.anchors(), strict=True
     ):
+        whole = all(step.is_integer() for step in stride)
         try:
             found = recognised(anchors)
         except ValueError:
             # Only strides that are no whole numbers may be lost to rounding.
-            assert not all(step.is_integer() for step in stride)
+            assert not whole
             continue
         assert torch.equal(found.anchors()[0], anchors)
-        if math.prod(size) > 1 and kind != "densified":
+        if whole and math.prod(size) > 1 and kind != "densified":
             assert found.grid_sizes[0] == size
             assert len(found.cell_anchors[0]) == len(cells)
 
@@ -241,7 +242,6 @@ def test_what_is_no_grid():
         "reversed": anchors.flip(0),
         "columns first": anchors.view(9, 50, 2, 4).transpose(0, 1).reshape(-1, 4)[2:],
         "random": torch.rand(1000, 4, generator=generator).cumsum(1),
-        "off by rounding": anchors + 1000.07,
     }
     for tensor in irregular.values():
         with pytest.raises(ValueError, match=r"levels\[0\]: expected anchors on a regular grid"):
