@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def mean_of(values: Sequence[float]) -> Mean:
     if count < 2:
         return Mean(count, float(np.mean(values)) if count else math.nan, math.nan, math.nan)
     error = float(np.std(values, ddof=1)) / math.sqrt(count)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * error
+    half = _critical(count - 1) * error
     return Mean(count, float(np.mean(values)), half, _detectable(count) * error)
 
 
@@ -71,10 +72,16 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     return float(stats.spearmanr(first, second).statistic)
 
 
+@functools.cache
+def _critical(free: int) -> float:
+    return float(stats.t.ppf((1 + LEVEL) / 2, free))
+
+
+@functools.cache
 def _detectable(count: int) -> float:
     """The detectable mean in standard errors."""
     free = count - 1
-    critical = stats.t.ppf((1 + LEVEL) / 2, free)
+    critical = _critical(free)
 
     def lack(effect: float) -> float:
         # The share of the other tail is below 1e-4 if the power is anywhere near 80 %.

@@ -17,7 +17,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def fold(title: str, *parts: str) -> str:
     """A block that opens on a click."""
-    return f'??? note "{title}"\n\n' + textwrap.indent("\n\n".join(filter(None, parts)), "    ")
+    return f'??? note "{title}"\n\n' + textwrap.indent(
+        "\n\n".join(part.strip("\n") for part in parts if part), "    "
+    )
 
 
 def fill(page: Path, mark: str, text: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 Record = dict[str, Any]
 
-FOLDER = Path(__file__).resolve().parent / "records"
+FOLDER = Path(__file__).resolve().parent / "results"
 
 
 def key_of(config: Mapping[str, Any]) -> str:
@@ -27,10 +27,10 @@ def key_of(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def read(*paths: str | Path) -> list[Record]:
+def read(paths: Iterable[Path]) -> list[Record]:
     """The records of all files that exist. The first record of a run counts."""
     records: dict[str, Record] = {}
-    for path in map(Path, paths):
+    for path in paths:
         if path.exists():
             content = path.read_bytes()
             for record in _parse(gzip.decompress(content) if path.suffix == ".gz" else content):
@@ -51,49 +51,42 @@ def append(path: Path, record: Record) -> None:
         content = file.read()
         if record["key"] in (known["key"] for known in _parse(content)):
             return
-        line = json.dumps(_finite(record), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        line = json.dumps(finite(record), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         # A writer that was killed may have left the beginning of a line.
         file.write(line if not content or content.endswith(b"\n") else b"\n" + line)
         file.flush()
         os.fsync(file.fileno())
 
 
+def kept(name: str) -> list[Record]:
+    """The records of an experiment that are part of the project."""
+    return read([FOLDER / f"{name}.jsonl.gz", FOLDER / f"{name}.jsonl"])
+
+
 def work(
-    configs: Sequence[Mapping[str, Any]],
-    run: Callable[[Mapping[str, Any]], Record | None],
+    todo: Sequence[Record],
+    run: Callable[[Record], Record],
     file: Path,
-    *others: Path,
+    claims: Path,
     minutes: float = math.inf,
-) -> int:
+) -> None:
     """Does the runs that are not on record, in their order.
 
     Args:
-        configs: What to run.
-        run: Returns the record without its key and configuration; None if it was interrupted.
+        todo: The configurations.
+        run: Returns the results of a configuration. `key` and `config` are added to them.
         file: Where records are added.
-        *others: More files whose runs are not repeated.
+        claims: Folder of lock files, which keep two processes from doing the same run.
         minutes: No run starts later than this.
-
-    Returns:
-        How many of the runs are still missing.
     """
     deadline = time.monotonic() + 60 * minutes
-    for config in configs:
+    for config in todo:
+        if time.monotonic() > deadline:
+            return
         key = key_of(config)
-        if key in _keys(file, *others) or time.monotonic() > deadline:
-            continue
-        with _claim(file.with_name(f".{file.stem}-{key}.lock")) as mine:
-            # Another process may have finished it between the first look and the claim.
-            if mine and key not in _keys(file):
-                record = run(config)
-                if record is not None:
-                    append(file, {"key": key, "config": dict(config), **record})
-    known = _keys(file, *others)
-    return sum(key_of(config) not in known for config in configs)
-
-
-def _keys(*paths: Path) -> set[str]:
-    return {record["key"] for record in read(*paths)}
+        with _claim(claims / f"{key}.lock") as mine:
+            if mine and key not in {record["key"] for record in read([file])}:
+                append(file, {"key": key, "config": config, **run(config)})
 
 
 @contextlib.contextmanager
@@ -117,9 +110,10 @@ def _parse(content: bytes) -> Iterable[Record]:
             yield json.loads(line)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with None for every number that is not finite, as JSON has none."""
     if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
+        return {name: finite(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
