@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,11 @@ FOLDER = Path(__file__).resolve().parent / "results"
 def key_of(config: Mapping[str, Any]) -> str:
     """The name of a run: twelve digits of its configuration's SHA-256."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def digest(path: Path) -> str:
+    """Twelve digits of a file's SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def read(paths: Iterable[Path]) -> list[Record]:
@@ -65,7 +71,7 @@ def kept(name: str) -> list[Record]:
 
 def work(
     todo: Sequence[Record],
-    run: Callable[[Record], Record],
+    run: Callable[[Record], Record | None],
     file: Path,
     claims: Path,
     minutes: float = math.inf,
@@ -74,7 +80,8 @@ def work(
 
     Args:
         todo: The configurations.
-        run: Returns the results of a configuration. `key` and `config` are added to them.
+        run: Returns the results of a configuration, to which `key` and `config` are added; None if
+            it was interrupted.
         file: Where records are added.
         claims: Folder of lock files, which keep two processes from doing the same run.
         minutes: No run starts later than this.
@@ -86,7 +93,26 @@ def work(
         key = key_of(config)
         with _claim(claims / f"{key}.lock") as mine:
             if mine and key not in {record["key"] for record in read([file])}:
-                append(file, {"key": key, "config": config, **run(config)})
+                found = run(config)
+                if found is not None:
+                    append(file, {"key": key, "config": config, **found})
+
+
+def environment() -> Record:
+    """Device and versions, as records hold them."""
+    import torch
+    import torchvision
+
+    cuda = torch.cuda.is_available()
+    threads = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+        "device": torch.cuda.get_device_name() if cuda else threads,
+    }
 
 
 @contextlib.contextmanager
