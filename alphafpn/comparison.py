@@ -189,9 +189,10 @@ def _cells(generator: AnchorGenerator, sizes: tuple[tuple[float, ...], ...]) -> 
 
 def _scale_resize(view: DetectorProbe, scale: int) -> None:
     """Makes what the detector resizes to `scale` times as large, if it resizes."""
-    if not view.resizes:
+    if not view.resize.resizes:
         return
-    transform = view.transform = copy.copy(view.transform)
+    view.resize = copy.copy(view.resize)
+    transform = view.resize.transform = copy.copy(view.resize.transform)
     transform.min_size = tuple(scale * size for size in transform.min_size)
     transform.max_size = scale * transform.max_size
     if transform.fixed_size is not None:

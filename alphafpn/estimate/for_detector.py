@@ -17,8 +17,9 @@ from alphafpn.estimate.counting import LevelCounts, count_levels
 from alphafpn.estimate.distinct import check_distinct
 from alphafpn.estimate.fcos import RangeMatcher
 from alphafpn.estimate.matcher import GridMatcher
-from alphafpn.estimate.probe import DetectorProbe, Size
+from alphafpn.estimate.probe import DetectorProbe
 from alphafpn.estimate.read import read_annotations
+from alphafpn.estimate.resize import Size
 from alphafpn.estimate.search import Matcher
 
 
@@ -75,7 +76,7 @@ def estimate_probe(
     """Counts annotations that have been read, of images that come `enlarge` times as large."""
     counts: LevelCounts | None = None
     every: list[AnchorLayout] = []
-    for min_size in view.min_sizes:
+    for min_size in view.resize.min_sizes:
         layouts, layout, scale = _layouts(view, annotations, min_size, enlarge)
         every += layouts
         boxes = _resized(annotations, scale)
@@ -124,7 +125,7 @@ def _layouts(
     for i, both in enumerate(unique.tolist()):
         size = (both >> 32, both & 0xFFFFFFFF)
         try:
-            resized, padded = view.frame((size[0] * enlarge, size[1] * enlarge), min_size)
+            resized, padded = view.resize.frame((size[0] * enlarge, size[1] * enlarge), min_size)
         except ValueError as error:
             raise ValueError(f"{annotations.place(first[i])}: {error}") from None
         if padded not in index:
