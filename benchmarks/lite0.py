@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-# Features at strides 4, 8, 16 and 32, and their channels. The last is the first block at its stride:
-# the four after it hold most of the weights, and their maps of small images a few cells.
+# Features at strides 4, 8, 16 and 32, and their channels. The last is the first block at its
+# stride: the four after it hold most of the weights, and their maps of small images a few cells.
 TAPS = ("block2", "block4", "block10", "block11")
 WIDTHS = (24, 40, 112, 192)
 # What is never trained, as in the recipes of pretrained detectors: up to stride 4.

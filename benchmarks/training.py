@@ -70,13 +70,17 @@ def train(
     Raises:
         Interrupted: If the checkpoint's deadline came first.
     """
-    rates: Any = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        [group["lr"] for group in optimizer.param_groups],
-        total_steps=steps + 1,
-        pct_start=0.1,
-        cycle_momentum=False,
-    ) if schedule is None else torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    rates: Any = (
+        torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            [group["lr"] for group in optimizer.param_groups],
+            total_steps=steps + 1,
+            pct_start=0.1,
+            cycle_momentum=False,
+        )
+        if schedule is None
+        else torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     losses = _resume(checkpoint, optimizer, rates)
     begun = len(losses)

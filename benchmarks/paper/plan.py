@@ -193,7 +193,9 @@ class Laboratory:
             crops, boxes = batches.at(step, self.pixels[0])
             images = crops.permute(0, 3, 1, 2).float().div_(255)
             boxes = [part.to(self.device) for part in boxes]
-            labels = [torch.ones(len(part), dtype=torch.int64, device=self.device) for part in boxes]
+            labels = [
+                torch.ones(len(part), dtype=torch.int64, device=self.device) for part in boxes
+            ]
             with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
                 if batched:
                     found = outputs(model, (images - 0.5) / 0.5)
@@ -285,7 +287,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=0, help="0: as many tiles as in the paper")
     parser.add_argument("--every", type=int, default=250, help="steps between two checkpoints")
-    for name, file in (("train-json", "train.json"), ("val-json", "val.json"), ("images", "images")):
+    for name, file in (
+        ("train-json", "train.json"),
+        ("val-json", "val.json"),
+        ("images", "images"),
+    ):
         parser.add_argument(f"--{name}", type=Path, default=folder and folder / file)
     options = parser.parse_args(arguments)
     if not (options.train_json and options.val_json and options.images):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphafpn.demo.detector import DEVIATION, MEAN, detector
-from benchmarks.batched import BatchedLoss, outputs
+from benchmarks.paper.batched import BatchedLoss, outputs
 
 SIZE = (64, 96)
 
@@ -26,7 +26,7 @@ def targets_of(counts: list[int], classes: int, seed: int) -> list[dict[str, tor
     return found
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 9), min_size=1, max_size=4),
     classes=st.integers(1, 3),
