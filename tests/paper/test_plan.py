@@ -17,8 +17,9 @@ from benchmarks.training import Checkpoint, Interrupted, train
 def words(data, out, *more):
     """A plan of seconds."""
     files = ["--train-json", data / "train.json", "--val-json", data / "val.json"]
-    small = "--backbone toy --channels 16 --size 64 96 --crop 64 --batch 2 --steps 8".split()
-    return [str(w) for w in (*files, "--images", data / "images", "--out", out, *small, *more)]
+    small = ["--backbone", "toy", "--channels", 16, "--size", 64, 96, "--crop", 64]
+    small += ["--batch", 2, "--steps", 8, "--images", data / "images", "--out", out]
+    return [str(word) for word in (*files, *small, *more)]
 
 
 @pytest.fixture
