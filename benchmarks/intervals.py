@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import optimize, stats  # type: ignore[import-untyped]
 
 LEVEL, POWER = 0.95, 0.8
+_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,19 @@ class Mean:
     mean: float
     half: float
     detectable: float
+
+    def __str__(self) -> str:
+        return self.text(sign="+")
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.mean + self.half
 
     def text(self, digits: int = 1, sign: str = "") -> str:
         """The mean and its interval as tables show them; empty without values."""
@@ -50,7 +64,7 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 def paired(values: Mapping[int, float], others: Mapping[int, float]) -> list[float]:
     """Differences of the seeds that both have."""
-    return [value - others[seed] for seed, value in values.items() if seed in others]
+    return [value - others[seed] for seed, value in sorted(values.items()) if seed in others]
 
 
 def holm(differences: Sequence[Sequence[float]]) -> list[float]:
@@ -70,6 +84,26 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     if len(set(first)) < 2 or len(set(second)) < 2:
         return math.nan
     return float(stats.spearmanr(first, second).statistic)
+
+
+def resampled(
+    statistic: Callable[[Sequence[int]], float], count: int, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of a statistic of `count` things, over samples of them drawn again.
+
+    Args:
+        statistic: Takes the indices of a sample.
+        count: How many things there are.
+        seed: Of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    values = [statistic(rng.integers(0, count, count).tolist()) for _ in range(_RESAMPLES)]
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return math.nan, math.nan
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return float(low), float(high)
 
 
 @functools.cache

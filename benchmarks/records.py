@@ -91,11 +91,12 @@ def work(
         if time.monotonic() > deadline:
             return
         key = key_of(config)
-        with _claim(claims / f"{key}.lock") as mine:
+        with claim(claims / f"{key}.lock") as mine:
             if mine and key not in {record["key"] for record in read([file])}:
                 found = run(config)
                 if found is not None:
                     append(file, {"key": key, "config": config, **found})
+                    print(" | ".join(map(str, config.values())), flush=True)
 
 
 def environment() -> Record:
@@ -116,7 +117,7 @@ def environment() -> Record:
 
 
 @contextlib.contextmanager
-def _claim(path: Path) -> Iterator[bool]:
+def claim(path: Path) -> Iterator[bool]:
     """Whether this process may do a run. The claim ends with the process, however that ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
