@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.adapting import report as adapting
 from benchmarks.earlier import factors, fine_tuning, systems, tinyperson
 from benchmarks.markdown import fold, table, write
-from benchmarks.records import FOLDER, kept
+from benchmarks.records import FOLDER, kept, read
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -28,6 +29,9 @@ All differences are paired: the runs of one seed share first weights, images and
 are 95 % t-intervals over seeds. *Detectable* is the smallest true difference that as many seeds
 with this spread would find in four of five experiments. AP and MR (miss rate, less is better) are
 those of `evaluate_tiny`, in percent.
+
+<!-- adapting: begin -->
+<!-- adapting: end -->
 
 ## Fixed factors
 
@@ -116,5 +120,10 @@ def _from_file(name: str) -> str:
 
 
 if __name__ == "__main__":
+    path = DOCS / "experiment-tables.md"
     factors.draw(kept("factors"), DOCS / "images")
-    write(DOCS / "experiment-tables.md", page())
+    write(path, page())
+    if found := read(
+        [FOLDER / "adapting.jsonl.gz", *DOCS.parent.glob("benchmarks/adapting/*.jsonl")]
+    ):
+        adapting.write(found, path)
