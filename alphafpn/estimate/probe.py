@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class DetectorProbe:
 
     Args:
         model: A torchvision detector, or a module that holds exactly one.
+        like: A probe of the same detector, for a `model` that is a skeleton adapted from its.
 
     Attributes:
         detector: A copy of the detector on the meta device, from `skeleton`.
@@ -72,7 +74,7 @@ class DetectorProbe:
             `AnchorGenerator` places.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, like: DetectorProbe | None = None) -> None:
         detector = find_detector(model)
         name = type(detector).__name__
         generator = anchor_generator(detector)
@@ -84,7 +86,7 @@ class DetectorProbe:
         pyramids = [m for m in detector.backbone.modules() if isinstance(m, FeaturePyramidNetwork)]
         if not pyramids:
             raise TypeError(f"{name}: expected a FeaturePyramidNetwork in its backbone, found none")
-        self.detector: Any = skeleton(detector)
+        self.detector: Any = skeleton(detector) if like is None else detector
         self.detector.backbone.eval()
         self.generator = anchor_generator(self.detector)
         self.num_channels = input_channels(detector.backbone)
@@ -93,8 +95,9 @@ class DetectorProbe:
         self.is_fcos = isinstance(detector, FCOS)
         heads = getattr(detector, "roi_heads", detector)
         self.detections_per_image: int | None = getattr(heads, "detections_per_img", None)
-        self._lengths: dict[int, list[tuple[str, int]]] = {}
-        self._separable: bool | None = None
+        # Running the backbone takes longer than all else, so probes of one backbone share the maps.
+        same = like is not None and like.num_fused_levels == self.num_fused_levels
+        self.shared: _Maps = like.shared if like is not None and same else _Maps()
 
     def anchor_grids(
         self, padded: Size
@@ -121,24 +124,31 @@ class DetectorProbe:
         A convolutional backbone treats rows and columns alike, so one run per length serves all
         shapes made of those lengths. The first oblong shape checks that this backbone does.
         """
-        if self._separable is None and padded[0] != padded[1]:
-            self._separable = self._map_sizes(padded) == self._combine(padded)
-        return self._map_sizes(padded) if self._separable is False else self._combine(padded)
+        if self.shared.separable is None and padded[0] != padded[1]:
+            self.shared.separable = self._map_sizes(padded) == self._combine(padded)
+        whole = self.shared.separable is False
+        return self._map_sizes(padded) if whole else self._combine(padded)
 
     def _combine(self, padded: Size) -> list[tuple[str, Size]]:
-        for length in padded:
-            if length not in self._lengths:
-                maps = self._map_sizes((length, length))
-                self._lengths[length] = [(name, size[0]) for name, size in maps]
-        rows, columns = (self._lengths[length] for length in padded)
-        return [(name, (h, w)) for (name, h), (_, w) in zip(rows, columns, strict=True)]
+        rows, columns = (self._map_sizes((length, length)) for length in padded)
+        return [(name, (h, w)) for (name, (h, _)), (_, (_, w)) in zip(rows, columns, strict=True)]
 
     def _map_sizes(self, padded: Size) -> list[tuple[str, Size]]:
-        maps = run_backbone(self.detector.backbone, (1, self.num_channels, *padded))
-        return [
-            (str(name), (int(feature.shape[-2]), int(feature.shape[-1])))
-            for name, feature in maps.items()
-        ]
+        if padded not in self.shared.maps:
+            maps = run_backbone(self.detector.backbone, (1, self.num_channels, *padded))
+            self.shared.maps[padded] = [
+                (str(name), (int(feature.shape[-2]), int(feature.shape[-1])))
+                for name, feature in maps.items()
+            ]
+        return self.shared.maps[padded]
+
+
+@dataclass
+class _Maps:
+    """Sizes of feature maps by batch shape, and whether rows and columns are independent."""
+
+    maps: dict[Size, list[tuple[str, Size]]] = field(default_factory=dict)
+    separable: bool | None = None
 
 
 def anchor_generator(detector: Any) -> AnchorGenerator:
@@ -176,8 +186,8 @@ def skeleton(model: nn.Module) -> Any:
     """Copies a model to the meta device; anchors keep their values.
 
     Hooks are left out: they are the user's code, made for the real module. An attribute that cannot
-    be copied, such as a lock, is shared with the model. Batch normalisation becomes the identity:
-    no shape depends on it, and on meta tensors it would load the compiler.
+    be copied, such as a lock, is shared with the model. Normalisations become the identity: no
+    shape depends on them, and on meta tensors they would load the compiler.
     """
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
@@ -187,7 +197,7 @@ def skeleton(model: nn.Module) -> Any:
     for part in reversed(parts):  # a compiled module comes before the one inside it
         if "_orig_mod" in part._modules:
             memo[id(part)] = memo[id(part._modules["_orig_mod"])]
-        elif isinstance(part, nn.modules.batchnorm._BatchNorm):
+        elif isinstance(part, nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
             memo[id(part)] = nn.Identity()
         else:
             memo[id(part)] = type(part).__new__(type(part))
