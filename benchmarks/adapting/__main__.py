@@ -41,7 +41,9 @@ def main() -> None:
 
         write(records.read([given.results]), given.page)
         return
-    todo = [config for seed in given.seeds for study in given.studies for config in STUDIES[study](seed)]
+    todo = [
+        config for seed in given.seeds for study in given.studies for config in STUDIES[study](seed)
+    ]
     if given.what == "list":
         done = {record["key"] for record in records.read([given.results])}
         left = sum(records.key_of(config) not in done for config in todo)
@@ -52,7 +54,11 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     records.work(
-        todo, functools.partial(run, folder=given.folder), given.results, given.folder, given.minutes
+        todo,
+        functools.partial(run, folder=given.folder),
+        given.results,
+        given.folder,
+        given.minutes,
     )
 
 

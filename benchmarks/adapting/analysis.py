@@ -43,9 +43,7 @@ class Runs:
 
     def gain(self, data: str, row: str, other: str, measure: str = MEASURE) -> Mean:
         """How much better a row is than another: mean of the differences of seeds."""
-        return mean_of(
-            paired(self.values(data, row, measure), self.values(data, other, measure))
-        )
+        return mean_of(paired(self.values(data, row, measure), self.values(data, other, measure)))
 
     def over_sets(self, row: str, other: str) -> Mean:
         """The mean of `gain` over data sets, with the interval over them."""

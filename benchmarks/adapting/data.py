@@ -143,7 +143,7 @@ class DataSet:
         return [(self.train.size, boxes) for boxes in self.train.boxes]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load(name: str) -> DataSet:
     """Reads a data set; its crops are the same for all seeds.
 
@@ -186,7 +186,9 @@ def _read(folder: Path, part: str, source: Source) -> Part:
         lost &= ~keep
         with Image.open(folder / "images" / entry["file_name"]) as file:
             edges = np.array([left, top, left + window[0], top + window[1]]) / scale
-            crop = file.convert("RGB").resize(window, Image.Resampling.BILINEAR, tuple(edges.tolist()))
+            crop = file.convert("RGB").resize(
+                window, Image.Resampling.BILINEAR, tuple(edges.tolist())
+            )
         pixels = np.array(crop)
         if part == "train":
             for a, b, c, d in _whole(inside[lost]):

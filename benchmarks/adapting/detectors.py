@@ -66,7 +66,10 @@ def stock(kind: str, classes: int, size: tuple[int, int]) -> Any:
         pooled = CHANNELS * 7 * 7
         model.roi_heads.box_head.fc6 = nn.Linear(pooled, _BOX_FEATURES)
         model.roi_heads.box_head.fc7 = nn.Linear(_BOX_FEATURES, _BOX_FEATURES)
-        for layer in (model.roi_heads.box_predictor.cls_score, model.roi_heads.box_predictor.bbox_pred):
+        for layer in (
+            model.roi_heads.box_predictor.cls_score,
+            model.roi_heads.box_predictor.bbox_pred,
+        ):
             layer.__init__(_BOX_FEATURES, layer.out_features)
     for part in parts:
         part.conv = part.conv[: _CONVOLUTIONS * step]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from alphafpn import LearnableAlpha, fold_alpha, patch_detector
-from benchmarks.adapting.data import SOURCES, DataSet, load
+from benchmarks.adapting.data import DataSet, load
 from benchmarks.adapting.detectors import frozen_maps, keep_maps, keep_matches, stock
 from benchmarks.records import Record, environment, key_of
 from benchmarks.training import adamw, as_results, figures, rows, train
@@ -24,10 +26,11 @@ HALF, NONE, ESTIMATED, LEARNABLE, FIRST = (
 FACTORS = (HALF, NONE, ESTIMATED, LEARNABLE, FIRST)
 ROWS = (STOCK, SCALE, ADAPTED, LARGER, *FACTORS)
 FIGURES = ("AP50_all", "AP50_tiny", "AP25_all", "AP75_all")
+_PER_CLASS = ("cells4",)  # data sets whose classes differ in size
 _AT_ONCE = 20  # images that are evaluated together
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compared(data: str, kind: str) -> Any:
     """The comparison of a data set's stock detector."""
     from alphafpn import compare_anchors
@@ -41,10 +44,13 @@ def fit_of(row: str, data: str, kind: str) -> Any:
     comparison = compared(data, kind)
     if row.startswith(ADAPTED):
         return comparison.best
-    return comparison.rows[(STOCK, SCALE, None, LARGER).index(row)]
+    as_it_is, best_scale = comparison.rows[:2]
+    if row == LARGER:
+        return next(fit for fit in comparison.rows if fit.input_scale == 2)
+    return best_scale if row == SCALE and kind != "fcos" else as_it_is
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _maps(data: str, part: str, input_scale: float) -> Tensor:
     """What the frozen parts make of a data set's images; all runs share it."""
     found = load(data)
@@ -54,7 +60,7 @@ def _maps(data: str, part: str, input_scale: float) -> Tensor:
     return frozen_maps(model, getattr(found, part).pixels)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _matches(data: str, anchors: Any) -> dict[int, Tensor]:
     """What `keep_matches` fills, for one data set and one set of anchors."""
     return {}
@@ -89,7 +95,7 @@ def run(config: Record, folder: Path) -> Record:
     if not diverged:
         results = as_results(detections(model, data, fit.input_scale))
         found |= figures(data.truth, results, FIGURES)
-        if data.classes > 1:
+        if data.name in _PER_CLASS:
             found["AP50_all_per_class"] = _per_class(data, results)
     learnt = getattr(model.backbone.fpn, "alpha", None)
     return {
@@ -114,7 +120,14 @@ def prepared(config: Record, data: DataSet, folder: Path) -> tuple[Any, Any, lis
     model = stock(kind, data.classes, data.train.size)
     if config["start"] != "imagenet":
         _take(model, whole(config["start"], kind, folder))
-    if row != STOCK:
+    if "scale" in config:
+        # Of FCOS, which has no scale to search: nothing is counted.
+        adapt_detector(model, config["scale"])
+        sizes = tuple(map(tuple, model.anchor_generator.sizes))
+        fit = dataclasses.replace(
+            fit, anchor_scale=config["scale"], anchor_sizes=sizes, reached=math.nan
+        )
+    elif row != STOCK:
         adapt_detector(model, fit)
     if fit.finer_level and config["finer_start"] != "default":
         start_finer_level(model, config["finer_start"])

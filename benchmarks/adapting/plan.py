@@ -84,14 +84,17 @@ def _long(seed: int) -> Iterator[Record]:
 
 
 def _heads(seed: int) -> Iterator[Record]:
-    """Other detectors: FCOS gets its finer level, Faster R-CNN its scale, with RoIs or without."""
+    """Other detectors: FCOS with a finer level or a scale, Faster R-CNN with or without its RoIs'.
+
+    A scale keeps FCOS's radius in pixels; with `radius`, in cells.
+    """
     for data in ("people", "dsb2018"):
         for row in (STOCK, ADAPTED):
             yield configuration(data, row, seed, study="heads", detector="fcos")
             yield configuration(data, row, seed, study="heads", detector="fasterrcnn")
-        yield configuration(
-            data, ADAPTED, seed, study="heads", detector="fasterrcnn", roi="scaled"
-        )
+        yield configuration(data, ADAPTED, seed, study="heads", detector="fasterrcnn", roi="scaled")
+        for changes in ({"scale": 0.5}, {"scale": 0.5, "radius": 1.5}):
+            yield configuration(data, SCALE, seed, study="heads", detector="fcos", **changes)
 
 
 def _rates(seed: int) -> Iterator[Record]:

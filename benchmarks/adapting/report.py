@@ -21,7 +21,7 @@ from benchmarks.adapting.experiment import (
     SCALE,
     STOCK,
 )
-from benchmarks.intervals import Mean, mean_of, paired
+from benchmarks.intervals import mean_of, paired
 from benchmarks.markdown import fill, fold, table
 from benchmarks.records import Record
 
@@ -37,7 +37,14 @@ _NAMES = {
     FIRST: "first function",
     NONE: "factors of 0",
 }
-_COLOURS = {STOCK: "#9e9e9e", SCALE: "#8fb8de", ADAPTED: "#1f5f99", LARGER: "#e0a030", HALF: "#3a9a5b", ESTIMATED: "#b3446c"}  # fmt: skip
+_COLOURS = {
+    STOCK: "#9e9e9e",
+    SCALE: "#8fb8de",
+    ADAPTED: "#1f5f99",
+    HALF: "#3a9a5b",
+    ESTIMATED: "#b3446c",
+    LARGER: "#e0a030",
+}
 _SIZE = 13  # of letters, so that a picture can be read at 400 pixels
 
 
@@ -47,7 +54,12 @@ def write(records: Sequence[Record], page: Path) -> None:
     (main,) = found["main"]
     images = page.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
-    pictures = {"steps": draw_steps, "cost": draw_cost, "reach": draw_reach, "factors": draw_factors}
+    pictures = {
+        "steps": draw_steps,
+        "cost": draw_cost,
+        "reach": draw_reach,
+        "factors": draw_factors,
+    }
     for name, draw in pictures.items():
         _save(images / f"adapting-{name}.svg", main, draw)
     parts = [
@@ -136,16 +148,15 @@ def settings(records: Sequence[Record]) -> str:
         if config["study"] == "main" and config["row"] == ADAPTED:
             seen[config["data"]] = record
     head = ["data", "images", "crop", "steps", "scale", "finest anchors, px", "S-alpha"]
-    alphas = {
-        r["config"]["data"]: r["alpha"] for r in records if r["config"]["row"] == ESTIMATED
-    }
+    alphas = {r["config"]["data"]: r["alpha"] for r in records if r["config"]["row"] == ESTIMATED}
     lines = [
         [
             data,
             f"{record['config']['train']}, {record['config']['val']}",
             str(record["config"]["crop"]),
             f"{record['config']['steps']} of {record['config']['batch']}",
-            f"{record['config']['anchor_scale']:g}" + ", finer level" * record["config"]["finer_level"],
+            f"{record['config']['anchor_scale']:g}"
+            + ", finer level" * record["config"]["finer_level"],
             ", ".join(f"{size:.1f}" for size in record["anchor_sizes"][0]),
             ", ".join(f"{factor:.2f}" for factor in alphas.get(data) or []),
         ]
@@ -155,7 +166,9 @@ def settings(records: Sequence[Record]) -> str:
 
 
 def _with_further(main: Runs, further: Sequence[Runs]) -> Runs:
-    by_row = {data: {row: dict(runs) for row, runs in rows.items()} for data, rows in main.by_row.items()}
+    by_row = {
+        data: {row: dict(runs) for row, runs in rows.items()} for data, rows in main.by_row.items()
+    }
     for group in further:
         for data, rows in group.by_row.items():
             for row, runs in rows.items():
@@ -190,7 +203,9 @@ def _heads(groups: list[Runs]) -> str:
     for kind, found in by_kind.items():
         base = next(runs for runs in found if STOCK in next(iter(runs.by_row.values())))
         for runs in found:
-            extra = [f"{k}: {runs.setting[k]}" for k in ("roi", "radius", "fit") if k in runs.setting]
+            extra = [
+                f"{k}: {runs.setting[k]}" for k in ("roi", "radius", "fit") if k in runs.setting
+            ]
             for data in runs.by_row:
                 gain = mean_of(paired(runs.values(data, ADAPTED), base.values(data, STOCK)))
                 first = base.mean(data, STOCK).mean
@@ -243,7 +258,14 @@ def draw_steps(figure: Any, runs: Runs) -> None:
         axes.tick_params(labelsize=_SIZE - 2)
     for axes in panels[len(runs.by_row) :]:
         axes.axis("off")
-    labels = ["stock", "best anchors", "+ finer level", "+ factors of .5", "+ S-alpha", "stock, input x 2"]
+    labels = [
+        "stock",
+        "best anchors",
+        "+ finer level",
+        "+ factors of .5",
+        "+ S-alpha",
+        "stock, input x 2",
+    ]
     handles = [panels[0].barh([0], [0], color=_COLOURS[row]) for row in rows]
     panels[-1].legend(handles, labels, fontsize=_SIZE - 2, loc="center", frameon=False)
     for axes in panels[len(runs.by_row) - 2 : len(runs.by_row)]:
@@ -252,7 +274,7 @@ def draw_steps(figure: Any, runs: Runs) -> None:
 
 
 def draw_cost(figure: Any, runs: Runs) -> None:
-    """Gain over stock against operations: a thin line for each data set, a thick one for the mean."""
+    """Gain over stock against operations: dots for data sets, a diamond for their mean."""
     rows = (STOCK, SCALE, ADAPTED, LARGER)
     figure.set_size_inches(6.2, 3.8)
     axes = figure.subplots()
@@ -278,7 +300,9 @@ def draw_reach(figure: Any, runs: Runs) -> None:
     axes = figure.subplots()
     for data in runs.by_row:
         rows = runs.rows(data, FITS)
-        points = sorted((100 * runs.constant(data, r, "reached"), runs.mean(data, r).mean) for r in rows)
+        points = sorted(
+            (100 * runs.constant(data, r, "reached"), runs.mean(data, r).mean) for r in rows
+        )
         axes.plot(*zip(*points, strict=True), "o-", label=data)
     axes.set_xlabel("boxes that reach IoU .5, %", fontsize=_SIZE)
     axes.set_ylabel("AP50", fontsize=_SIZE)
@@ -288,7 +312,7 @@ def draw_reach(figure: Any, runs: Runs) -> None:
 
 def draw_factors(figure: Any, runs: Runs) -> None:
     """Gain of each kind of factor over factors of 1: data sets as dots, their mean as a diamond."""
-    rows = [row for row in (HALF, ESTIMATED, LEARNABLE, FIRST, NONE)]
+    rows = [HALF, ESTIMATED, LEARNABLE, FIRST, NONE]
     figure.set_size_inches(6.2, 4.2)
     axes = figure.subplots()
     for place, row in enumerate(rows):

