@@ -30,7 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alphafpn import adapt_detector, compare_anchors, estimate_alpha_for, fold_alpha, patch_detector
+from alphafpn import (
+    AlphaEstimate,
+    AnchorFit,
+    adapt_detector,
+    compare_anchors,
+    estimate_alpha_for,
+    fold_alpha,
+    patch_detector,
+)
 from benchmarks.intervals import mean_of, paired
 from benchmarks.markdown import table
 from benchmarks.paper.batched import BatchedLoss, outputs
@@ -113,6 +121,8 @@ class Laboratory:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.fits: dict[str, AnchorFit] = {}
+        self.estimates: dict[tuple[str, str], AlphaEstimate] = {}
         size = tuple(options.size)
         self.train, self.val = (
             Split(path, options.images, size, options.out / "cache", erase=erase)
@@ -135,14 +145,19 @@ class Laboratory:
         """The detector of a run before its first step, and what was counted for it."""
         name, _, factors = config["row"].partition(", ")
         levels = PAPER if name == PAPER else STOCK
+        kind = config["detector"]
         torch.manual_seed(config["seed"])
-        model = detector(config["detector"], levels, config["backbone"], config["channels"])
+        model = detector(kind, levels, config["backbone"], config["channels"])
         counted: Record = {}
         if name == ADAPTED:
-            fit = compare_anchors(model, self.items).best
+            if kind not in self.fits:
+                self.fits[kind] = compare_anchors(model, self.items).best
+            fit = self.fits[kind]
             adapt_detector(model, fit)
             counted["fit"] = [fit.anchor_scale, fit.finer_level, round(fit.reached, 4)]
-        estimate = estimate_alpha_for(model, self.items)
+        if (kind, name) not in self.estimates:
+            self.estimates[kind, name] = estimate_alpha_for(model, self.items)
+        estimate = self.estimates[kind, name]
         counted |= {"counts": list(estimate.counts), "ratios": list(estimate.ratios)}
         alpha: Any = factors.removeprefix("alpha = ") or 1.0
         if factors in ("S-alpha", "first function"):
