@@ -29,9 +29,9 @@ Line: TypeAlias = tuple[str, Runs, str]  # a label, and a row of some runs
 _MARK = "adapting"
 _NAMES = {
     STOCK: "stock",
-    SCALE: "anchors",
+    SCALE: "best anchors",
     ADAPTED: "anchors and finer level",
-    LARGER: "input twice as large",
+    LARGER: "larger input",
     HALF: "factors of .5",
     ESTIMATED: "S-alpha",
     LEARNABLE: "learnable",
