@@ -22,14 +22,15 @@ def fold(title: str, *parts: str) -> str:
     )
 
 
-def fill(page: Path, mark: str, text: str) -> None:
-    """Writes between the comments `mark: begin` and `mark: end` of a page, and nowhere else.
+def fill(page: Path, mark: str, parts: Iterable[str]) -> None:
+    """Writes paragraphs between the comments `mark: begin` and `mark: end` of a page, and nowhere else.
 
     Raises:
         ValueError: If the page does not hold both comments once, in this order.
     """
     begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
     old = page.read_text("utf-8")
+    text = "\n\n".join(parts)
     before, found, rest = old.partition(begin)
     if not found or begin in rest or rest.count(end) != 1:
         raise ValueError(f"{page}: expected the comments {begin} and {end}, once each")

@@ -50,9 +50,13 @@ class Runs:
         gains = [self.gain(data, row, other) for data in self.by_row]
         return mean_of([gain.mean for gain in gains if gain.count])
 
-    def constant(self, data: str, row: str, name: str) -> float:
-        """What does not depend on the seed: `reached` or `cost`."""
-        return float(next(iter(self.by_row[data][row].values()))[name])
+    def any(self, data: str, row: str) -> Record:
+        """The record of one seed, for what does not depend on it."""
+        return next(iter(self.by_row[data][row].values()))
+
+    def average(self, data: str, row: str, name: str) -> float:
+        """The mean over seeds of something in the records, such as `reached` or `cost`."""
+        return float(np.mean([record[name] for record in self.by_row[data][row].values()]))
 
     def rows(self, data: str, wanted: Sequence[str]) -> list[str]:
         """The rows of a data set that were run, of those that are wanted."""
@@ -105,7 +109,7 @@ def prediction(runs: Runs) -> Prediction:
     by_data = {}
     for data in runs.by_row:
         rows = runs.rows(data, FITS)
-        reach = [runs.constant(data, row, "reached") for row in rows]
+        reach = [runs.average(data, row, "reached") for row in rows]
         by_data[data] = rank_correlation(reach, [runs.mean(data, row).mean for row in rows])
     values = np.array([value for value in by_data.values() if not math.isnan(value)])
     low, high = resampled(lambda chosen: float(values[chosen].mean()), len(values))

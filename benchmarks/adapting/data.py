@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,32 +94,30 @@ class Part:
         return Part(pixels, both(self.boxes), 2 * self.labels, both(self.ignored))
 
     def coco(self, classes: int) -> dict[str, Any]:
-        """The objects and ignored regions in COCO format; an image's id is its place."""
+        """The objects in COCO format, and regions ignored for all classes; ids are places."""
+        names = range(1, classes + 1)
+        found: list[tuple[int, int, list[float], bool]] = []
+        for image, labels in enumerate(self.labels):
+            objects = zip(labels.tolist(), self.boxes[image].tolist(), strict=True)
+            found += [(image, label, box, False) for label, box in objects]
+            found += [
+                (image, name, box, True) for box in self.ignored[image].tolist() for name in names
+            ]
+        annotations = [
+            {
+                "id": index,
+                "image_id": image,
+                "category_id": label,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": (x2 - x1) * (y2 - y1),
+                "ignore": ignore,
+            }
+            for index, (image, label, (x1, y1, x2, y2), ignore) in enumerate(found, 1)
+        ]
         height, width = self.size
-        annotations: list[dict[str, Any]] = []
-        for index in range(len(self.boxes)):
-            labels = self.labels[index].tolist()
-            groups = [(self.boxes[index], labels, False)]
-            # A region is ignored for every class.
-            for label in range(1, classes + 1):
-                regions = self.ignored[index]
-                groups.append((regions, [label] * len(regions), True))
-            for boxes, names, ignore in groups:
-                for (x1, y1, x2, y2), label in zip(boxes.tolist(), names, strict=True):
-                    annotations.append(
-                        {
-                            "id": len(annotations) + 1,
-                            "image_id": index,
-                            "category_id": label,
-                            "bbox": [x1, y1, x2 - x1, y2 - y1],
-                            "area": (x2 - x1) * (y2 - y1),
-                            "ignore": ignore,
-                            "iscrowd": 0,
-                        }
-                    )
         images = [{"id": i, "width": width, "height": height} for i in range(len(self.boxes))]
-        names = [{"id": label, "name": str(label)} for label in range(1, classes + 1)]
-        return {"images": images, "annotations": annotations, "categories": names}
+        categories = [{"id": name, "name": str(name)} for name in names]
+        return {"images": images, "annotations": annotations, "categories": categories}
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,21 @@ def load(name: str) -> DataSet:
     if not folder:
         raise ValueError(f"{FOLDER}: expected the folder of the real data, found nothing")
     source = SOURCES[name]
-    train, val = (_read(Path(folder) / source.folder, part, source) for part in ("train", "val"))
     classes = 1 if source.merged else len(source.classes)
+    train, val = (_read(Path(folder) / source.folder, part, source) for part in ("train", "val"))
     return DataSet(name, train.with_mirrored(), val, classes, val.coco(classes))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """An image of a file: boxes (xyxy), labels (0: not learnt) and size after the resize."""
+
+    path: Path
+    boxes: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    size: tuple[int, int]
+    scale: NDArray[np.float64]
+    dense: bool
 
 
 def _read(folder: Path, part: str, source: Source) -> Part:
@@ -167,76 +179,59 @@ def _read(folder: Path, part: str, source: Source) -> Part:
     for mark in coco["annotations"]:
         marks[mark["image_id"]].append(mark)
     label_of = {c: 1 if source.merged else i for i, c in enumerate(source.classes, 1)}
-    rng = np.random.default_rng(part == "val")
-    crops: list[tuple[NDArray[np.uint8], Tensor, Tensor, Tensor]] = []
-    for index, corner in _places(coco["images"], marks, label_of, source, part, rng):
-        entry = coco["images"][index]
-        size = source.size or (entry["width"], entry["height"])
-        scale = np.array([size[0] / entry["width"], size[1] / entry["height"]] * 2)
-        found = marks[entry["id"]]
+    entries = []
+    for image in coco["images"]:
+        size = source.size or (image["width"], image["height"])
+        scale = np.array([size[0] / image["width"], size[1] / image["height"]] * 2)
+        found = marks[image["id"]]
         boxes = np.array([mark["bbox"] for mark in found], np.float64).reshape(-1, 4) * scale
         boxes[:, 2:] += boxes[:, :2]
-        window = (source.side, source.side) if source.side else size
-        left, top = corner
-        inside = np.clip(boxes - [left, top, left, top], 0, [*window, *window])
-        area = np.prod(inside[:, 2:] - inside[:, :2], axis=1)
-        share = area / np.maximum(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), 1e-9)
-        learnt = np.array([_learnt(mark, label_of) for mark in found], bool)
-        keep, lost = learnt & (share >= _LEFT), area > 0
-        lost &= ~keep
-        with Image.open(folder / "images" / entry["file_name"]) as file:
-            edges = np.array([left, top, left + window[0], top + window[1]]) / scale
-            crop = file.convert("RGB").resize(
-                window, Image.Resampling.BILINEAR, tuple(edges.tolist())
-            )
-        pixels = np.array(crop)
-        if part == "train":
-            for a, b, c, d in _whole(inside[lost]):
-                pixels[b:d, a:c] = _PAINT
-        labels = [label_of[mark["category_id"]] for mark, k in zip(found, keep, strict=True) if k]
-        kept, ignored = (torch.tensor(inside[rows], dtype=torch.float32) for rows in (keep, lost))
-        crops.append((pixels, kept, torch.tensor(labels, dtype=torch.int64), ignored))
+        labels = [0 if m.get("ignore") else label_of.get(m["category_id"], 0) for m in found]
+        path, dense = folder / "images" / image["file_name"], bool(image.get("dense"))
+        entries.append(_Entry(path, boxes, np.array(labels, np.int64), size, scale, dense))
+    crops = [_crop(*place, source, part) for place in _places(entries, source, part)]
     pixels = torch.from_numpy(np.stack([crop[0] for crop in crops])).permute(0, 3, 1, 2)
     return Part(pixels.contiguous(), *([crop[i] for crop in crops] for i in (1, 2, 3)))
 
 
-def _places(
-    images: list[dict[str, Any]],
-    marks: dict[Any, list[dict[str, Any]]],
-    label_of: dict[int, int],
-    source: Source,
-    part: str,
-    rng: np.random.Generator,
-) -> list[tuple[int, tuple[float, float]]]:
+def _places(entries: list[_Entry], source: Source, part: str) -> Iterator[tuple[_Entry, Any]]:
     """Images and left upper corners of the crops: around a box each, every class as often."""
     if not source.side:
-        return [(index, (0.0, 0.0)) for index in range(len(images))]
-    candidates: dict[int, list[tuple[int, NDArray[np.float64], tuple[int, int]]]] = {}
-    for index, entry in enumerate(images):
-        size = source.size or (entry["width"], entry["height"])
-        scale = np.array([size[0] / entry["width"], size[1] / entry["height"]])
-        # Images with too many people to mark them all.
-        for mark in [] if entry.get("dense") else marks[entry["id"]]:
-            if _learnt(mark, label_of):
-                x, y, width, height = mark["bbox"]
-                centre = np.array([x + width / 2, y + height / 2]) * scale
-                found = candidates.setdefault(label_of[mark["category_id"]], [])
-                found.append((index, centre, size))
-    places = []
+        yield from ((entry, np.zeros(2)) for entry in entries)
+        return
+    rng = np.random.default_rng(part == "val")
+    # Of dense images not all objects are marked.
+    candidates = [
+        (label, entry, (box[:2] + box[2:]) / 2)
+        for entry in entries
+        if not entry.dense
+        for label, box in zip(entry.labels.tolist(), entry.boxes, strict=True)
+        if label and min(box[2:] - box[:2]) > 0
+    ]
+    classes = sorted({label for label, _, _ in candidates})
+    by_class = [[found for found in candidates if found[0] == label] for label in classes]
     for number in range(source.train if part == "train" else source.val):
-        group = candidates[sorted(candidates)[number % len(candidates)]]
-        index, centre, (width, height) = group[rng.integers(len(group))]
-        limits = [width - source.side, height - source.side]
-        left, top = np.clip(centre - rng.uniform(0, source.side, 2), 0, limits).round()
-        places.append((index, (float(left), float(top))))
-    return places
+        group = by_class[number % len(by_class)]
+        _, entry, centre = group[rng.integers(len(group))]
+        corner = centre - rng.uniform(0, source.side, 2)
+        yield entry, np.clip(corner, 0, np.array(entry.size) - source.side).round()
 
 
-def _learnt(mark: dict[str, Any], label_of: dict[int, int]) -> bool:
-    return not mark.get("ignore") and mark["category_id"] in label_of and min(mark["bbox"][2:]) > 0
-
-
-def _whole(boxes: NDArray[np.float64]) -> list[list[int]]:
-    outer = np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], 1)
-    found: list[list[int]] = outer.astype(int).tolist()
-    return found
+def _crop(
+    entry: _Entry, corner: Any, source: Source, part: str
+) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """Pixels, boxes, labels and ignored regions of one crop."""
+    window = (source.side, source.side) if source.side else entry.size
+    inside = np.clip(entry.boxes - np.tile(corner, 2), 0, [*window, *window])
+    area, whole = ((b[:, 2:] - b[:, :2]).prod(1) for b in (inside, entry.boxes))
+    keep = (entry.labels > 0) & (area > 0) & (area >= _LEFT * whole)
+    lost = (area > 0) & ~keep
+    with Image.open(entry.path) as file:
+        edges = tuple((np.concatenate([corner, corner + window]) / entry.scale).tolist())
+        resized = file.convert("RGB").resize(window, Image.Resampling.BILINEAR, edges)
+    pixels = np.array(resized)
+    if part == "train":
+        for a, b, c, d in inside[lost].tolist():
+            pixels[int(b) : math.ceil(d), int(a) : math.ceil(c)] = _PAINT
+    kept, ignored = (torch.tensor(inside[rows], dtype=torch.float32) for rows in (keep, lost))
+    return pixels, kept, torch.from_numpy(entry.labels[keep]), ignored

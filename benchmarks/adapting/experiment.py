@@ -25,6 +25,7 @@ HALF, NONE, ESTIMATED, LEARNABLE, FIRST = (
 )
 FACTORS = (HALF, NONE, ESTIMATED, LEARNABLE, FIRST)
 ROWS = (STOCK, SCALE, ADAPTED, LARGER, *FACTORS)
+STOCK_HALF, STOCK_ESTIMATED = (f"{STOCK}, {kind}" for kind in ("alpha = 0.5", "S-alpha"))
 FIGURES = ("AP50_all", "AP50_tiny", "AP25_all", "AP75_all")
 _PER_CLASS = ("cells4",)  # data sets whose classes differ in size
 _AT_ONCE = 20  # images that are evaluated together
@@ -127,7 +128,7 @@ def prepared(config: Record, data: DataSet, folder: Path) -> tuple[Any, Any, lis
         fit = dataclasses.replace(
             fit, anchor_scale=config["scale"], anchor_sizes=sizes, reached=math.nan
         )
-    elif row != STOCK:
+    elif not row.startswith(STOCK):
         adapt_detector(model, fit)
     if fit.finer_level and config["finer_start"] != "default":
         start_finer_level(model, config["finer_start"])
@@ -137,12 +138,18 @@ def prepared(config: Record, data: DataSet, folder: Path) -> tuple[Any, Any, lis
     if "radius" in config:
         model.center_sampling_radius = config["radius"]
     alpha = None
-    if row in (ESTIMATED, FIRST):
+    if row in (ESTIMATED, FIRST, STOCK_ESTIMATED):
         # What `estimate_alpha_for` gives for the adapted detector.
         alpha = [round(factor, 4) for factor in fit.estimate]
     if row == FIRST:
         fold_alpha(patch_detector(model, alpha))
-    kinds = {HALF: 0.5, NONE: 0.0, ESTIMATED: alpha, LEARNABLE: LearnableAlpha(0.5), FIRST: 1.0}
+    kinds = {
+        **dict.fromkeys((HALF, STOCK_HALF), 0.5),
+        **dict.fromkeys((ESTIMATED, STOCK_ESTIMATED), alpha),
+        NONE: 0.0,
+        LEARNABLE: LearnableAlpha(0.5),
+        FIRST: 1.0,
+    }
     if row in kinds:
         patch_detector(model, kinds[row])
     return model.train(), fit, alpha

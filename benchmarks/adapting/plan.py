@@ -16,6 +16,8 @@ from benchmarks.adapting.experiment import (
     ROWS,
     SCALE,
     STOCK,
+    STOCK_ESTIMATED,
+    STOCK_HALF,
 )
 from benchmarks.records import Record
 
@@ -62,9 +64,15 @@ def _main(seed: int) -> Iterator[Record]:
 
 
 def _factors(seed: int) -> Iterator[Record]:
-    """Further seeds for the factors on people."""
+    """Further seeds of the main study for the factors on people."""
     for row in (ADAPTED, *FACTORS):
-        yield configuration("people", row, seed)
+        yield configuration("people", row, 5 + seed)
+
+
+def _order(seed: int) -> Iterator[Record]:
+    """Factors on a detector that was not adapted."""
+    for data, row in itertools.product(DATA, (STOCK_HALF, STOCK_ESTIMATED)):
+        yield configuration(data, row, seed, study="order")
 
 
 def _starts(seed: int) -> Iterator[Record]:
@@ -79,7 +87,7 @@ def _starts(seed: int) -> Iterator[Record]:
 
 def _long(seed: int) -> Iterator[Record]:
     """Four times the steps."""
-    for data, row in itertools.product(("cells8", "dots"), (STOCK, ADAPTED, HALF, ESTIMATED)):
+    for data, row in itertools.product(("people", "dots"), (STOCK, ADAPTED, HALF, ESTIMATED)):
         yield configuration(data, row, seed, study="long", steps=4 * STEPS[data])
 
 
@@ -110,6 +118,7 @@ STUDIES = {
     "starts": _starts,
     "main": _main,
     "factors": _factors,
+    "order": _order,
     "long": _long,
     "heads": _heads,
 }

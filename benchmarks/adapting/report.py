@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -25,12 +25,14 @@ from benchmarks.intervals import mean_of, paired
 from benchmarks.markdown import fill, fold, table
 from benchmarks.records import Record
 
+Line: TypeAlias = tuple[str, Runs, str]  # a label, and a row of some runs
+
 _MARK = "adapting"
 _NAMES = {
     STOCK: "stock",
-    SCALE: "anchors",
+    SCALE: "best anchors",
     ADAPTED: "anchors and finer level",
-    LARGER: "input twice as large",
+    LARGER: "larger input",
     HALF: "factors of .5",
     ESTIMATED: "S-alpha",
     LEARNABLE: "learnable",
@@ -54,188 +56,193 @@ def write(records: Sequence[Record], page: Path) -> None:
     (main,) = found["main"]
     images = page.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
-    pictures = {
-        "steps": draw_steps,
-        "cost": draw_cost,
-        "reach": draw_reach,
-        "factors": draw_factors,
-    }
-    for name, draw in pictures.items():
+    parts: list[str] = []
+    for title, name, draw, show in (
+        ("What each step gives", "steps", draw_steps, steps),
+        ("What it costs", "cost", draw_cost, cost),
+        ("What the share of reached boxes predicts", "reach", draw_reach, reach),
+        ("Factors on the adapted detector", "factors", draw_factors, factors),
+    ):
         _save(images / f"adapting-{name}.svg", main, draw)
-    parts = [
-        *("## What each step gives", _image("steps", "AP50 by data set and step"), steps(main)),
-        _image("cost", "Gain against cost"),
-        *("## What reach predicts", _image("reach", "AP50 against reach"), reach(main)),
-        *("## Factors on the adapted detector", _image("factors", "Gain of factors")),
-        factors(main, found.get("factors", [])),
-    ]
-    further: dict[str, tuple[str, Callable[[list[Runs]], str]]] = {
+        parts += [f"## {title}", f"![{title}](images/adapting-{name}.svg)", show(main)]
+    further: dict[str, tuple[str, Callable[[list[Runs], Runs], str]]] = {
         "order": ("Factors on the stock detector", _order),
         "long": ("Four times the steps", _long),
         "heads": ("Other detectors", _heads),
         "starts": ("Other starts", _starts),
         "rates": ("Learning rates", _rates),
     }
-    for study, (title, show) in further.items():
+    for study, (title, show_groups) in further.items():
         if study in found:
-            # Runs of the main study are one side of some comparisons.
-            shared = [main] if study == "starts" else []
-            parts += [f"## {title}", show([*found[study], *shared])]
-    parts.append(fold("Settings of each data set", settings(records)))
-    fill(page, _MARK, "\n\n".join(parts))
+            parts += [f"## {title}", show_groups(found[study], main)]
+    parts.append(fold("Settings of each data set", settings(main)))
+    fill(page, _MARK, ["\n\n".join(parts)])
+
+
+def differences(base: Line, others: Sequence[Line]) -> str:
+    """A table: AP50 of the first line, and how much better the others are, by data set."""
+    label, runs, row = base
+    sets = [data for data in runs.by_row if runs.rows(data, [row])]
+    means = [runs.mean(data, row).mean for data in sets]
+    lines = [[label, *(f"{mean:.1f}" for mean in means), f"{np.mean(means):.1f}"]]
+    for label, found, other in others:
+        gains = [
+            mean_of(paired(found.values(data, other), runs.values(data, row))) for data in sets
+        ]
+        over = mean_of([gain.mean for gain in gains if gain.count])
+        cells = [f"{gain} ({gain.count})" if gain.count else "" for gain in gains]
+        lines.append([label, *cells, str(over)])
+    return table(["", *sets, "mean of the sets"], lines)
 
 
 def steps(runs: Runs) -> str:
-    """AP50 of stock, and what each step adds to the one before."""
-    pairs = ((SCALE, STOCK), (ADAPTED, SCALE), (LARGER, STOCK), (ADAPTED, LARGER), (HALF, ADAPTED))
-    head = ["data", "seeds", "stock", *(f"{_NAMES[a]} - {_NAMES[b]}" for a, b in pairs)]
+    """What each step adds, over stock and over the step before."""
+    over_stock = [(_NAMES[row], runs, row) for row in (SCALE, ADAPTED, LARGER)]
+    before = (_NAMES[SCALE], runs, SCALE), [(_NAMES[ADAPTED], runs, ADAPTED)]
+    return "\n\n".join(
+        [
+            differences(("stock", runs, STOCK), over_stock),
+            "Over the step before, and over the larger input:",
+            differences(*before),
+            differences((_NAMES[LARGER], runs, LARGER), [(_NAMES[ADAPTED], runs, ADAPTED)]),
+        ]
+    )
+
+
+def cost(runs: Runs) -> str:
+    """Operations, seconds of training and gain of each row, in the mean of the data sets."""
+
+    def over_stock(row: str, name: str) -> float:
+        sets = [data for data in runs.by_row if runs.rows(data, [row])]
+        values = [runs.average(data, row, name) / runs.average(data, STOCK, name) for data in sets]
+        return float(np.mean(values))
+
     lines = [
         [
-            data,
-            str(runs.mean(data, STOCK).count),
-            f"{runs.mean(data, STOCK).mean:.1f}",
-            *(str(runs.gain(data, a, b)) for a, b in pairs),
+            _NAMES[row],
+            f"{over_stock(row, 'cost'):.2f}",
+            f"{over_stock(row, 'cpu_seconds_of_training'):.2f}",
+            str(runs.over_sets(row, STOCK)),
         ]
-        for data in runs.by_row
+        for row in (SCALE, ADAPTED, LARGER)
     ]
-    means = [runs.mean(data, STOCK).mean for data in runs.by_row]
-    lines.append(["mean", "", f"{np.mean(means):.1f}", *(str(runs.over_sets(*p)) for p in pairs)])
-    return table(head, lines)
+    return table(["", "operations / stock", "seconds of training / stock", "AP50 - stock"], lines)
 
 
 def reach(runs: Runs) -> str:
     """Reach and AP50 of each row; rank correlation; what the best row by reach loses."""
     found, lost = prediction(runs), regrets(runs)
-    head = ["data", *(f"{_NAMES[row]}: reach, AP50" for row in FITS), "rank correlation", "regret"]
+    head = [
+        "data",
+        *(f"{_NAMES[row]}: reached, AP50" for row in FITS),
+        "rank correlation",
+        "regret",
+    ]
     lines = []
     for data in runs.by_row:
-        cells = []
-        for row in FITS:
-            mean = runs.mean(data, row).mean
-            known = bool(runs.rows(data, [row]))
-            cells.append(f"{runs.constant(data, row, 'reached'):.0%}, {mean:.1f}" if known else "")
+        cells = [
+            f"{runs.average(data, row, 'reached'):.0%}, {runs.mean(data, row).mean:.1f}"
+            if runs.rows(data, [row])
+            else ""
+            for row in FITS
+        ]
         lines.append([data, *cells, f"{found.by_data[data]:.2f}", f"{lost.get(data, np.nan):.1f}"])
-    values = list(lost.values())
+    wider = list(regrets(runs, FITS).values())
     text = (
-        f"Rank correlation of reach with AP50 over the rows of a data set: {found.mean:.2f} in the "
-        f"mean of {len(found.by_data)} data sets, 95 % interval {found.low:.2f} to "
-        f"{found.high:.2f}. The best row by reach is {np.mean(values):.1f} points below the best "
-        f"row by AP50 in the mean, {max(values):.1f} at worst (rows at the same input size)."
+        f"Rank correlation of the share of reached boxes with AP50 over the rows of a data set: "
+        f"{found.mean:.2f} in the mean of {len(found.by_data)} data sets, 95 % interval "
+        f"{found.low:.2f} to {found.high:.2f}. `comparison.best` is "
+        f"{np.mean(list(lost.values())):.1f} points below the best row by AP50 in the mean, "
+        f"{max(lost.values()):.1f} at worst; with the larger input among the rows "
+        f"{np.mean(wider):.1f} and {max(wider):.1f}."
     )
     return f"{table(head, lines)}\n\n{text}"
 
 
-def factors(main: Runs, further: Sequence[Runs]) -> str:
+def factors(runs: Runs) -> str:
     """Paired differences to factors of 1, and of S-alpha to .5."""
-    rows = _with_further(main, further)
-    head = ["data", "seeds", "factors of 1", *(_NAMES[row] for row in FACTORS), "S-alpha - .5"]
-    lines = []
-    for data in rows.by_row:
-        base = rows.mean(data, ADAPTED)
-        gains = [str(rows.gain(data, row, ADAPTED)) for row in FACTORS]
-        between = str(rows.gain(data, ESTIMATED, HALF))
-        lines.append([data, str(base.count), f"{base.mean:.1f}", *gains, between])
-    over = [str(rows.over_sets(row, ADAPTED)) for row in FACTORS]
-    lines.append(["mean", "", "", *over, str(rows.over_sets(ESTIMATED, HALF))])
-    return table(head, lines)
-
-
-def settings(records: Sequence[Record]) -> str:
-    """What the runs of each data set have in common."""
-    seen = {}
-    for record in records:
-        config = record["config"]
-        if config["study"] == "main" and config["row"] == ADAPTED:
-            seen[config["data"]] = record
-    head = ["data", "images", "crop", "steps", "scale", "finest anchors, px", "S-alpha"]
-    alphas = {r["config"]["data"]: r["alpha"] for r in records if r["config"]["row"] == ESTIMATED}
-    lines = [
-        [
-            data,
-            f"{record['config']['train']}, {record['config']['val']}",
-            str(record["config"]["crop"]),
-            f"{record['config']['steps']} of {record['config']['batch']}",
-            f"{record['config']['anchor_scale']:g}"
-            + ", finer level" * record["config"]["finer_level"],
-            ", ".join(f"{size:.1f}" for size in record["anchor_sizes"][0]),
-            ", ".join(f"{factor:.2f}" for factor in alphas.get(data) or []),
-        ]
-        for data, record in seen.items()
+    lines = [(_NAMES[row], runs, row) for row in FACTORS]
+    parts = [
+        differences(("factors of 1", runs, ADAPTED), lines),
+        differences(("factors of .5", runs, HALF), [("S-alpha", runs, ESTIMATED)]),
     ]
-    return table(head, lines)
+    return "\n\n".join(parts)
 
 
-def _with_further(main: Runs, further: Sequence[Runs]) -> Runs:
-    by_row = {
-        data: {row: dict(runs) for row, runs in rows.items()} for data, rows in main.by_row.items()
-    }
-    for group in further:
-        for data, rows in group.by_row.items():
-            for row, runs in rows.items():
-                by_row.setdefault(data, {}).setdefault(row, {}).update(runs)
-    return Runs(main.setting, by_row)
-
-
-def _order(groups: list[Runs]) -> str:
-    (runs,) = groups
-    rows = sorted({row for data in runs.by_row for row in runs.by_row[data]} - {STOCK})
-    lines = [[d, *(str(runs.gain(d, row, STOCK)) for row in rows)] for d in runs.by_row]
-    return table(["data", *(f"{row} - stock" for row in rows)], lines)
-
-
-def _long(groups: list[Runs]) -> str:
+def settings(runs: Runs) -> str:
+    """What the runs of each data set have in common."""
+    head = ["data", "images", "crop", "steps", "best row", "finest anchors, px", "S-alpha"]
     lines = []
-    for runs in groups:
-        for data in runs.by_row:
-            gains = [str(runs.gain(data, row, ADAPTED)) for row in (HALF, ESTIMATED)]
-            first = [f"{runs.mean(data, row).mean:.1f}" for row in (STOCK, ADAPTED)]
-            count = str(runs.mean(data, ADAPTED).count)
-            lines.append([data, count, *first, str(runs.gain(data, ADAPTED, STOCK)), *gains])
-    head = ["data", "seeds", "stock", "adapted", "adapted - stock", ".5 - 1", "S-alpha - 1"]
-    return table(head, lines)
-
-
-def _heads(groups: list[Runs]) -> str:
-    by_kind: dict[str, list[Runs]] = {}
-    for runs in groups:
-        by_kind.setdefault(runs.setting["detector"], []).append(runs)
-    lines = []
-    for kind, found in by_kind.items():
-        base = next(runs for runs in found if STOCK in next(iter(runs.by_row.values())))
-        for runs in found:
-            extra = [
-                f"{k}: {runs.setting[k]}" for k in ("roi", "radius", "fit") if k in runs.setting
+    for data in runs.by_row:
+        record = runs.any(data, ADAPTED)
+        config, estimated = record["config"], runs.any(data, ESTIMATED)
+        lines.append(
+            [
+                data,
+                f"{config['train']}, {config['val']}",
+                str(config["crop"]),
+                f"{config['steps']} of {config['batch']}",
+                f"{config['anchor_scale']:g}" + ", finer level" * config["finer_level"],
+                ", ".join(f"{size:.1f}" for size in record["anchor_sizes"][0]),
+                ", ".join(f"{factor:.2f}" for factor in estimated["alpha"]),
             ]
-            for data in runs.by_row:
-                gain = mean_of(paired(runs.values(data, ADAPTED), base.values(data, STOCK)))
-                first = base.mean(data, STOCK).mean
-                name = ", ".join([kind, *extra])
-                lines.append([name, data, str(gain.count), f"{first:.1f}", str(gain)])
-    return table(["detector", "data", "seeds", "stock", "adapted - stock"], lines)
-
-
-def _starts(groups: list[Runs]) -> str:
-    found = {(runs.setting["start"], runs.setting["finer_start"]): runs for runs in groups}
-    lines = []
-    for start in dict.fromkeys(start for start, _ in found):
-        copy, fresh = found.get((start, "copy")), found.get((start, "random"))
-        for data in copy.by_row if copy and fresh else []:
-            values = [runs.values(data, ADAPTED) for runs in (copy, fresh)]
-            means = [f"{np.mean(list(value.values())):.1f}" for value in values]
-            lines.append([start, data, *means, str(mean_of(paired(*values)))])
-    head = ["trained before", "data", "zeros and a copy", "random", "difference"]
+        )
     return table(head, lines)
 
 
-def _rates(groups: list[Runs]) -> str:
-    rates = sorted({runs.setting["lr"] for runs in groups})
-    by_rate = {runs.setting["lr"]: runs for runs in groups}
+def _order(groups: list[Runs], main: Runs) -> str:
+    (runs,) = groups
+    rows = sorted({row for rows in runs.by_row.values() for row in rows})
+    lines = [(row, runs, row) for row in rows]
+    return differences(("stock", main, STOCK), lines)
+
+
+def _long(groups: list[Runs], _: Runs) -> str:
+    (runs,) = groups
+    lines = [(_NAMES[row], runs, row) for row in (HALF, ESTIMATED)]
+    parts = [
+        differences(("stock", runs, STOCK), [(_NAMES[ADAPTED], runs, ADAPTED)]),
+        differences((_NAMES[ADAPTED], runs, ADAPTED), lines),
+    ]
+    return "\n\n".join(parts)
+
+
+def _heads(groups: list[Runs], _: Runs) -> str:
+    by_kind: dict[str, list[Line]] = {}
+    for runs in groups:
+        setting = runs.setting
+        extra = [
+            f"{name} {setting[name]}" for name in ("scale", "radius", "roi") if name in setting
+        ]
+        for row in sorted({row for rows in runs.by_row.values() for row in rows}):
+            line = ", ".join([setting["detector"], row, *extra]), runs, row
+            by_kind.setdefault(setting["detector"], []).append(line)
+    parts = []
+    for lines in by_kind.values():
+        base = next(line for line in lines if line[2] == STOCK)
+        parts.append(differences(base, [line for line in lines if line is not base]))
+    return "\n\n".join(parts)
+
+
+def _starts(groups: list[Runs], main: Runs) -> str:
+    found = {(runs.setting["start"], runs.setting["finer_start"]): runs for runs in groups}
+    found["imagenet", "random"] = Runs(main.setting, {d: main.by_row[d] for d in groups[0].by_row})
+    names = {"imagenet": "ImageNet's body", "cells2": "a detector trained on larger cells"}
+    parts = []
+    for start, name in names.items():
+        base = f"from {name}; finer level: random", found[start, "random"], ADAPTED
+        parts.append(differences(base, [("zeros and a copy", found[start, "copy"], ADAPTED)]))
+    return "\n\n".join(parts)
+
+
+def _rates(groups: list[Runs], _: Runs) -> str:
+    rates = {runs.setting["lr"]: runs for runs in groups}
     lines = [
-        [data, row, *(f"{by_rate[rate].mean(data, row).mean:.1f}" for rate in rates)]
+        [data, row, *(f"{rates[rate].mean(data, row).mean:.1f}" for rate in sorted(rates))]
         for data in groups[0].by_row
         for row in (STOCK, ADAPTED)
     ]
-    return table(["data", "row", *(f"{rate:g}" for rate in rates)], lines)
+    return table(["data", "row", *(f"{rate:g}" for rate in sorted(rates))], lines)
 
 
 def draw_steps(figure: Any, runs: Runs) -> None:
@@ -280,10 +287,10 @@ def draw_cost(figure: Any, runs: Runs) -> None:
     axes = figure.subplots()
     for data in runs.by_row:
         for row in runs.rows(data, rows[1:]):
-            cost = runs.constant(data, row, "cost")
+            cost = runs.average(data, row, "cost")
             axes.plot(cost, runs.gain(data, row, STOCK).mean, "o", color=_COLOURS[row], alpha=0.45)
     for row in rows[1:]:
-        costs = [runs.constant(data, row, "cost") for data in runs.by_row if runs.rows(data, [row])]
+        costs = [runs.average(data, row, "cost") for data in runs.by_row if runs.rows(data, [row])]
         mean = runs.over_sets(row, STOCK)
         style = {"ms": 11, "capsize": 4, "color": _COLOURS[row], "label": _NAMES[row]}
         axes.errorbar(np.mean(costs), mean.mean, yerr=np.nan_to_num(mean.half), fmt="D", **style)
@@ -301,7 +308,7 @@ def draw_reach(figure: Any, runs: Runs) -> None:
     for data in runs.by_row:
         rows = runs.rows(data, FITS)
         points = sorted(
-            (100 * runs.constant(data, r, "reached"), runs.mean(data, r).mean) for r in rows
+            (100 * runs.average(data, r, "reached"), runs.mean(data, r).mean) for r in rows
         )
         axes.plot(*zip(*points, strict=True), "o-", label=data)
     axes.set_xlabel("boxes that reach IoU .5, %", fontsize=_SIZE)
@@ -341,7 +348,3 @@ def _save(path: Path, runs: Runs, draw: Callable[[Any, Runs], None]) -> None:
         draw(figure, runs)
         figure.savefig(path, metadata={"Date": None})
         pyplot.close(figure)
-
-
-def _image(name: str, text: str) -> str:
-    return f"![{text}](images/adapting-{name}.svg)"

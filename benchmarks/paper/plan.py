@@ -41,7 +41,6 @@ from alphafpn import (
 )
 from benchmarks.intervals import mean_of, paired
 from benchmarks.markdown import table
-from benchmarks.paper.batched import BatchedLoss, outputs
 from benchmarks.paper.data import Batches, Split
 from benchmarks.paper.detectors import detector
 from benchmarks.records import Record, digest, environment, key_of, read, work
@@ -198,28 +197,19 @@ class Laboratory:
 
     def loss_of(self, model: Any, batches: Batches, config: Record) -> Any:
         """The loss of a numbered batch."""
-        batched = None
-        if config["detector"] == "retinanet":
-            batched = BatchedLoss(model, (config["crop"], config["crop"]))
 
         def loss(step: int) -> Tensor:
             # What torchvision draws must not depend on what was drawn before.
             torch.manual_seed(config["seed"] * 1_000_003 + step)
             crops, boxes = batches.at(step, self.pixels[0])
             images = crops.permute(0, 3, 1, 2).float().div_(255)
-            boxes = [part.to(self.device) for part in boxes]
-            labels = [
-                torch.ones(len(part), dtype=torch.int64, device=self.device) for part in boxes
+            targets = [
+                {"boxes": part, "labels": torch.ones(len(part), dtype=torch.int64)}
+                for part in boxes
             ]
+            targets = [{name: v.to(self.device) for name, v in t.items()} for t in targets]
             with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-                if batched:
-                    found = outputs(model, (images - 0.5) / 0.5)
-                    parts = batched(*found, batched.match(boxes), boxes, labels)
-                else:
-                    targets = [
-                        {"boxes": b, "labels": n} for b, n in zip(boxes, labels, strict=True)
-                    ]
-                    parts = model(list(images), targets)
+                parts = model(list(images), targets)
             return torch.stack([part.float() for part in parts.values()]).sum()
 
         return loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -75,14 +76,14 @@ def test_two_processes_do_not_do_the_same_run(tmp_path):
 def test_a_page_is_filled_between_its_marks_alone(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- x: begin -->\nold\n<!-- x: end -->\nafter\n")
-    markdown.fill(page, "x", markdown.table(["a", "b"], [["1", "2"]]))
+    markdown.fill(page, "x", [markdown.table(["a", "b"], [["1", "2"]])])
     lines = page.read_text().split("\n")
     assert [line for line in lines if line] == [
         "before", "<!-- x: begin -->", "| a | b |", "| --- | --- |", "| 1 | 2 |",
         "<!-- x: end -->", "after",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="y: begin"):
-        markdown.fill(page, "y", "")
+        markdown.fill(page, "y", [])
 
 
 def test_intervals_by_hand():
@@ -131,6 +132,42 @@ def test_analysis_pairs_seeds_and_finds_regret():
     predicted = analysis.prediction(runs)
     assert predicted.by_data == {"a": pytest.approx(1.0), "b": pytest.approx(-1.0)}
     assert (predicted.mean, predicted.low, predicted.high) == pytest.approx((0.0, -1.0, 1.0))
+
+
+def test_the_report_is_made_from_records_of_every_study(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.adapting.plan import STUDIES
+    from benchmarks.adapting.report import write
+
+    reached = {"stock": (0.1, 1.0), "scale": (0.5, 1.0), "larger input": (0.6, 4.0)}
+    found = []
+    for seed, runs in itertools.product(range(3), STUDIES.values()):
+        for config in runs(seed):
+            share, cost = reached.get(config["row"], (0.9, 2.5))
+            found.append(
+                {
+                    "config": {**config, "anchor_scale": 0.5, "finer_level": True},
+                    "AP50_all": 100 * share + config["seed"],
+                    "reached": share,
+                    "cost": cost,
+                    "cpu_seconds_of_training": 10 * cost,
+                    "alpha": [0.3, 0.4],
+                    "anchor_sizes": [[8.0]],
+                }
+            )
+    write(found, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "| stock |" + " 11.0 |" * 8 in page
+    assert "| best anchors |" + " +40.0 ± 0.0 (3) |" * 7 + " +40.0 ± 0.0 |" in page
+    assert "| larger input | 4.00 | 4.00 | +50.0 ± 0.0 |" in page
+    assert "data set: 1.00 in the mean of 7 data sets, 95 % interval 1.00 to 1.00" in page
+    assert "0.0 points below the best row by AP50 in the mean, 0.0 at worst" in page
+    pictures = {path.stem for path in (tmp_path / "images").glob("*.svg")}
+    assert pictures == {f"adapting-{name}" for name in ("steps", "cost", "reach", "factors")}
+    # The same records make the same files.
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    write(found, tmp_path / "page.md")
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_run_that_diverged_has_found_nothing():
