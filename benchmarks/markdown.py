@@ -23,7 +23,7 @@ def fold(title: str, *parts: str) -> str:
 
 
 def fill(page: Path, mark: str, parts: Iterable[str]) -> None:
-    """Writes paragraphs between the comments `mark: begin` and `mark: end` of a page, and nowhere else.
+    """Writes paragraphs between the comments `mark: begin` and `mark: end` of a page.
 
     Raises:
         ValueError: If the page does not hold both comments once, in this order.

@@ -123,7 +123,6 @@ if __name__ == "__main__":
     path = DOCS / "experiment-tables.md"
     factors.draw(kept("factors"), DOCS / "images")
     write(path, page())
-    if found := read(
-        [FOLDER / "adapting.jsonl.gz", *DOCS.parent.glob("benchmarks/adapting/*.jsonl")]
-    ):
+    found = read([FOLDER / "adapting.jsonl.gz", *DOCS.parent.glob("benchmarks/adapting/*.jsonl")])
+    if any(record["config"]["study"] == "main" for record in found):
         adapting.write(found, path)
