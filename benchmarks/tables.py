@@ -35,12 +35,14 @@ those of `evaluate_tiny`, in percent.
 
 ## Fixed factors
 
-Small RetinaNets (64 channels or fewer) on four kinds of data. *Drawn* scenes hold figures of
+Small RetinaNets (32 channels) on four kinds of data. *Drawn* scenes hold figures of
 several sizes, in the ratios of objects that their names give. *Near* figures can be recognised by
 themselves; *far* ones only by a landmark 64 px or more away. *Blood cells* (BCCD) are divided by
-the number in the name. *People* are crops of TinyPerson. [First
+the number in the name. *People* are crops of TinyPerson. A *regime* is what the backbone starts
+from, the optimizer with its highest rate, and the steps. [First
 function](glossary.md#first-function) and *rates* are the two parts of [what a factor
-is](how-it-works.md#what-a-factor-is).
+is](how-it-works.md#what-a-factor-is). The *forward share* of an edge is the RMS of the map from
+above over the RMS of the sum; its *drift* is how it changes while factors of 1 are trained.
 
 {factors}
 
