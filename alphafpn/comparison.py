@@ -367,7 +367,15 @@ def _best_scale(
         near = {_rounded(scale * 2 ** (k / spread)) for scale in leaders for k in range(-4, 5)}
         near = {scale for scale in near if SMALLEST_SCALE <= scale <= LARGEST_SCALE} | {1.0}
         leaders = sorted(near, key=lambda scale: value(scale, more), reverse=True)[:2]
-    return leaders[0]
+    scale = leaders[0]
+    while scale != 1:
+        # The share is flat between two roundings of an anchor: go to the end that is nearer to 1.
+        unit = 10.0 ** (math.floor(math.log10(scale)) - 2)
+        closer = _rounded(scale + math.copysign(unit, 1 - scale))
+        if value(closer, more) < value(scale, more):
+            break
+        scale = closer
+    return scale
 
 
 def _rounded(scale: float) -> float:
