@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch.utils.data import Subset
 from torchvision.datasets import CocoDetection
 
-from alphafpn.estimate.coco import decode
 from alphafpn.estimate.annotations import read_annotations
+from alphafpn.estimate.coco import decode
 from tests.annotation_sets import (
     EXPECTED,
     assert_equals,
