@@ -1,6 +1,7 @@
 """Fusion factors for torchvision's feature pyramids (Gong et al., WACV 2021)."""
 
-from alphafpn.comparison import compare_anchors
+from alphafpn.adapt import AnchorFit, adapt_detector
+from alphafpn.comparison import AnchorComparison, compare_anchors
 from alphafpn.estimate import AlphaEstimate, AnchorLayout, estimate_alpha, estimate_alpha_for
 from alphafpn.gradients import gradient_shares
 from alphafpn.pyramid import (
@@ -14,9 +15,12 @@ from alphafpn.surgery import fold_alpha, patch_detector, unpatch_detector
 __all__ = [
     "AlphaEstimate",
     "AlphaFeaturePyramidNetwork",
+    "AnchorComparison",
+    "AnchorFit",
     "AnchorLayout",
     "AttentionAlpha",
     "LearnableAlpha",
+    "adapt_detector",
     "alpha_parameters",
     "compare_anchors",
     "estimate_alpha",

@@ -27,9 +27,8 @@ from alphafpn import AlphaEstimate, __version__
 from alphafpn.comparison import compare_probe
 from alphafpn.display import new_axes
 from alphafpn.estimate.annotations import read_annotations
-from alphafpn.estimate.for_detector import estimate_probe
 from alphafpn.estimate.probe import DetectorProbe
-from alphafpn.estimate.report import anchors_come_first, warnings
+from alphafpn.estimate.report import warnings
 
 TINY = ("tiny_retinanet", "tiny_faster_rcnn")
 
@@ -154,21 +153,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _estimate(options: argparse.Namespace) -> None:
     kind = None if options.plot is None else _picture_kind(options.plot)
-    view = DetectorProbe(_detector(options))
+    probe = DetectorProbe(_detector(options))
     annotations = read_annotations(options.annotations, category_ids=options.categories)
-    estimate = estimate_probe(view, annotations, None if options.no_clamp else (0.2, 2.0))
-    others = compare_probe(view, annotations, estimate) if anchors_come_first(estimate) else None
+    comparison = compare_probe(probe, annotations, None if options.no_clamp else (0.2, 2.0))
+    estimate = comparison.rows[0].estimate
     if kind is not None:
         _save_plot(estimate, options.plot, kind)
     if options.json:
-        anchors = None if others is None else others.to_list()
-        print(json.dumps({**estimate.to_dict(), "anchors": anchors}))
+        print(json.dumps({**estimate.to_dict(), "anchors": comparison.to_list()}))
         for text in warnings(estimate):
             print("warning:", text, file=sys.stderr)
     else:
-        print(estimate.summary())
-        if others is not None:
-            print(f"\n{others}")
+        for finding in comparison.findings():
+            print(finding)
+        print(f"\n{estimate.summary()}\n\n{comparison}")
 
 
 def _detector(options: argparse.Namespace) -> nn.Module:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from alphafpn.estimate.checks import check_boxes, check_num_fused_levels
 from alphafpn.estimate.grids import GridLevel, as_tuples, on_grid, recognise_grid
-from alphafpn.estimate.probe import DetectorProbe, Size
+from alphafpn.estimate.probe import DetectorProbe
+from alphafpn.estimate.resize import Size
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,7 @@ class AnchorLayout:
         """
         size = _whole_pair(image_size, "image_size: (height, width)")
         view = DetectorProbe(model)
-        return cls(*view.anchor_grids(view.frame(size)[1]))
+        return cls(*view.anchor_grids(view.resize.frame(size)[1]))
 
     @classmethod
     def from_tensors(

@@ -268,11 +268,11 @@ def _checked(columns: CocoColumns, first_owner: list[Any]) -> CocoColumns:
     """Applies the rules that both passes share."""
     ids = columns.image_ids
     if len(set(ids)) != len(ids):
-        seen: set[Id] = set()
-        index = next(i for i, image_id in enumerate(ids) if image_id in seen or seen.add(image_id))
+        first: dict[Id, int] = {}
+        index = next(i for i, image_id in enumerate(ids) if first.setdefault(image_id, i) != i)
         raise ValueError(
             f"images[{index}]: expected an id of its own, found {show(ids[index])}, which"
-            f" images[{ids.index(ids[index])}] has"
+            f" images[{first[ids[index]]}] has"
         )
     nowhere, boxes, reasons = columns.image_index < 0, columns.boxes, columns.reasons
     if len(nowhere) and nowhere.all():

@@ -1,4 +1,4 @@
-"""`RangeMatcher`: levels by regression range instead of IoU, for FCOS."""
+"""FCOS: levels by regression range instead of IoU, and the boxes that own a location."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+# Boxes per block. This bounds temporary memory.
+_BLOCK = 1 << 14
 
 
 class RangeMatcher:
@@ -33,3 +36,107 @@ class RangeMatcher:
             high = 8 * size if i < len(self.sizes) - 1 else math.inf
             level[(low <= half) & (half < high)] = i
         return level, torch.zeros_like(half)
+
+
+def owned_boxes(
+    boxes: Tensor,
+    image_index: Tensor,
+    layout_index: Tensor,
+    cells: Sequence[Tensor],
+    strides: Tensor,
+    grid_sizes: Tensor,
+    radius: float,
+) -> Tensor:
+    """Finds the boxes that own at least one location, as torchvision's `FCOS.compute_loss` assigns.
+
+    A location of a level belongs to the smallest box that it lies in, that has its centre within
+    the radius, and whose farthest side is within the level's range. All arithmetic is float32, as
+    there: areas within 8 square pixels of each other tie, and the lower index wins.
+
+    Args:
+        boxes: [G, 4] xyxy, float32, ordered by image.
+        image_index: The image of each box, int64 [G].
+        layout_index: The layout of each box, int64 [G].
+        cells: Per level, the one cell anchor [1, 4] (xyxy) of the position at the origin.
+        strides: Per layout and level (y, x), [layouts, L, 2].
+        grid_sizes: Per layout and level (rows, columns), int64 [layouts, L, 2].
+        radius: `center_sampling_radius`, in units of a level's anchor size.
+
+    Returns:
+        Whether each box owns a location, bool [G].
+    """
+    owned = torch.zeros(len(boxes), dtype=torch.bool)
+    # Whole images, since boxes compete within one.
+    ends = torch.unique_consecutive(image_index, return_counts=True)[1].cumsum(0)
+    start = 0
+    while start < len(boxes):
+        # At least one image, else as many as end within the block.
+        last = int(torch.searchsorted(ends, start + _BLOCK, right=True))
+        stop = int(ends[max(last - 1, int(torch.searchsorted(ends, start, right=True)))])
+        part = slice(start, stop)
+        owned[part] = _owned(
+            boxes[part], image_index[part], layout_index[part], cells, strides, grid_sizes, radius
+        )
+        start = stop
+    return owned
+
+
+def _owned(
+    boxes: Tensor,
+    image_index: Tensor,
+    layout_index: Tensor,
+    cells: Sequence[Tensor],
+    strides: Tensor,
+    grid_sizes: Tensor,
+    radius: float,
+) -> Tensor:
+    value = 1e8 - (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    owned = torch.zeros(len(boxes), dtype=torch.bool)
+    for level, cell in enumerate(cells):
+        size = (cell[0, 2] - cell[0, 0]).float()
+        reach, low, high = radius * size, size * 4, size * 8
+        if level == 0:
+            low = torch.zeros_like(low)
+        if level == len(cells) - 1:
+            high = torch.full_like(high, math.inf)
+        # The farthest side of a box is between half of the longer side and this plus the radius.
+        half = (boxes[:, 2:] - boxes[:, :2]).amax(1) / 2
+        some = ((half + reach + 1 > low) & (half - 1 < high)).nonzero().squeeze(1)
+        if not len(some):
+            continue
+        stride, grid = strides[layout_index[some], level], grid_sizes[layout_index[some], level]
+        origin = (cell[0, :2] + cell[0, 2:]) / 2
+        # Rows and columns of all locations within the radius, with one to spare on each side.
+        first = ((centres[some].flip(1) - reach - origin.flip(0)) / stride).floor() - 1
+        steps = torch.arange(int((2 * reach / stride.min()).ceil()) + 4)
+        index = first.long()[:, None] + steps[:, None]  # [B, steps, 2] as (y, x)
+        # Anchors are a whole number of strides from the cell, added in float32.
+        corner = [(index * stride.long()[:, None]).float() + cell[0, [k + 1, k]] for k in (0, 2)]
+        place = (corner[0] + corner[1]) / 2
+        inside = (index >= 0) & (index < grid[:, None])
+        y, x = place[:, :, None, 0], place[:, None, :, 1]
+        cy, cx = centres[some, 1, None, None], centres[some, 0, None, None]
+        x0, y0, x1, y1 = (side[:, None, None] for side in boxes[some].unbind(1))
+        near = torch.maximum((x - cx).abs(), (y - cy).abs()) < reach
+        distances = torch.stack(torch.broadcast_tensors(x - x0, y - y0, x1 - x, y1 - y))
+        farthest = distances.amax(0)
+        match = near & (distances.amin(0) > 0) & (farthest > low) & (farthest < high)
+        match &= inside[:, :, None, 0] & inside[:, None, :, 1]
+        box, row, column = match.nonzero().unbind(1)
+        span = int(grid_sizes.amax()) + 1
+        key = image_index[some[box]]
+        key = (key * span + index[box, row, 0]) * span + index[box, column, 1]
+        owned[_winners(key, some[box], value)] = True
+    return owned
+
+
+def _winners(location: Tensor, box: Tensor, value: Tensor) -> Tensor:
+    """Returns the boxes that win a location: the largest value, the lower index among equals."""
+    which = torch.unique(location, return_inverse=True)[1]
+    best = torch.zeros(int(which.max()) + 1 if len(which) else 0)
+    best.scatter_reduce_(0, which, value[box], "amax")
+    won = (value[box] == best[which]) & (value[box] >= 1e-5)
+    first = torch.full(best.shape, len(value), dtype=torch.int64)
+    first.scatter_reduce_(0, which[won], box[won], "amin")
+    return first[first < len(value)]

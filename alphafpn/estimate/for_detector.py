@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from alphafpn.estimate.counting import LevelCounts, count_levels
 from alphafpn.estimate.distinct import check_distinct
 from alphafpn.estimate.fcos import RangeMatcher
 from alphafpn.estimate.matcher import GridMatcher
-from alphafpn.estimate.probe import DetectorProbe, Size
+from alphafpn.estimate.probe import DetectorProbe
+from alphafpn.estimate.resize import Size
 from alphafpn.estimate.search import Matcher
 
 
@@ -60,47 +62,43 @@ def estimate_alpha_for(
         (0, 1, 1, 0, 0)
     """
     clamp = check_clamp(clamp)
-    view = DetectorProbe(model)
+    probe = DetectorProbe(model)
     annotations = read_annotations(dataset, category_ids=category_ids, progress=progress)
-    return estimate_probe(view, annotations, clamp)
+    return estimate_probe(probe, annotations, clamp)
 
 
 def estimate_probe(
-    view: DetectorProbe,
-    annotations: Annotations,
-    clamp: tuple[float, float] | None,
-    enlarge: int = 1,
+    probe: DetectorProbe, annotations: Annotations, clamp: tuple[float, float] | None
 ) -> AlphaEstimate:
-    """Counts annotations that have been read, of images that come `enlarge` times as large."""
+    """Counts annotations that have been read."""
     counts: LevelCounts | None = None
     every: list[AnchorLayout] = []
-    for min_size in view.min_sizes:
-        layouts, layout, scale = _layouts(view, annotations, min_size, enlarge)
-        every += layouts
-        boxes = _resized(annotations, scale)
+    for min_size in probe.resize.min_sizes:
+        seen = input_boxes(probe, annotations, min_size)
+        every += seen.layouts
         matcher: Matcher
-        if view.is_fcos:
-            sizes = [float(cells[0, 2] - cells[0, 0]) for cells in layouts[0].cell_anchors]
-            matcher = RangeMatcher(sizes, boxes.device)
+        if probe.is_fcos:
+            sizes = [float(cells[0, 2] - cells[0, 0]) for cells in seen.layouts[0].cell_anchors]
+            matcher = RangeMatcher(sizes, seen.boxes.device)
         else:
-            check_distinct(largest(layouts), "the detector")
-            grids = [lay._levels for lay in layouts]
-            matcher = GridMatcher(grids, boxes.dtype, boxes.device)
+            check_distinct(largest(seen.layouts), "the detector")
+            grids = [layout._levels for layout in seen.layouts]
+            matcher = GridMatcher(grids, seen.boxes.dtype, seen.boxes.device)
         found = count_levels(
             matcher,
-            boxes,
-            torch.from_numpy(annotations.boxes_per_image),
-            len(layouts[0].cell_anchors),
-            layout,
+            seen.boxes,
+            seen.boxes_per_image,
+            len(seen.layouts[0].cell_anchors),
+            seen.layout_index,
         )
         counts = found if counts is None else counts + found
     assert counts is not None
-    limit = view.detections_per_image
+    limit = probe.detections_per_image
     return counts.estimate(
-        view.num_fused_levels,
+        probe.num_fused_levels,
         clamp,
         len(annotations.boxes),
-        follows_iou=not view.is_fcos,
+        follows_iou=not probe.is_fcos,
         **describe(every, len(every[0].cell_anchors)),
         left_out=dict(annotations.left_out),
         num_clipped=annotations.num_clipped,
@@ -109,10 +107,29 @@ def estimate_probe(
     )
 
 
-def _layouts(
-    view: DetectorProbe, annotations: Annotations, min_size: int | None, enlarge: int
-) -> tuple[list[AnchorLayout], Tensor, np.ndarray[Any, np.dtype[np.float32]]]:
-    """Returns the layouts, which of them each image has, and each image's scale (y, x)."""
+@dataclass(frozen=True, eq=False)
+class InputBoxes:
+    """Boxes as the network sees them, at one of the sizes that training chooses from.
+
+    Attributes:
+        boxes: [G, 4] xyxy, float32, in pixels of the resized images, ordered by image.
+        boxes_per_image: int64 [M].
+        layouts: The layouts of anchors that images have.
+        layout_index: The layout of each image, int64 [M].
+    """
+
+    boxes: Tensor
+    boxes_per_image: Tensor
+    layouts: list[AnchorLayout]
+    layout_index: Tensor
+
+
+def input_boxes(probe: DetectorProbe, annotations: Annotations, min_size: int | None) -> InputBoxes:
+    """Resizes the boxes as the detector does, and finds the layout of each image.
+
+    Raises:
+        ValueError: If a resized image has no pixels; the message names it.
+    """
     # Sizes repeat: work is per different size, and per different padded shape.
     key = annotations.image_sizes[:, 0] << 32 | annotations.image_sizes[:, 1]
     unique, first, size_of_image = np.unique(key, return_index=True, return_inverse=True)
@@ -123,21 +140,20 @@ def _layouts(
     for i, both in enumerate(unique.tolist()):
         size = (both >> 32, both & 0xFFFFFFFF)
         try:
-            resized, padded = view.frame((size[0] * enlarge, size[1] * enlarge), min_size)
+            resized, padded = probe.resize.frame(size, min_size)
         except ValueError as error:
             raise ValueError(f"{annotations.place(first[i])}: {error}") from None
         if padded not in index:
             index[padded] = len(layouts)
-            layouts.append(AnchorLayout(*view.anchor_grids(padded)))
+            layouts.append(AnchorLayout(*probe.anchor_grids(padded)))
         layout_of_size[i] = index[padded]
         # `resize_boxes` divides in float32.
         scale[i] = np.asarray(resized, np.float32) / np.asarray(size, np.float32)
-    return layouts, torch.from_numpy(layout_of_size[size_of_image]), scale[size_of_image]
-
-
-def _resized(annotations: Annotations, scale: np.ndarray[Any, np.dtype[np.float32]]) -> Tensor:
-    """Returns boxes [G, 4] in pixels of the resized images."""
-    factors = torch.from_numpy(np.ascontiguousarray(scale[:, ::-1]).repeat(2, axis=0))
+    boxes_per_image = torch.from_numpy(annotations.boxes_per_image)
     # One row (x, y, x, y) per image, then one per box.
-    rows = factors.view(-1, 4).repeat_interleave(torch.from_numpy(annotations.boxes_per_image), 0)
-    return rows.mul_(torch.from_numpy(annotations.boxes))
+    factors = torch.from_numpy(scale[size_of_image][:, ::-1].repeat(2, axis=0).copy())
+    boxes = factors.view(-1, 4).repeat_interleave(boxes_per_image, 0)
+    boxes.mul_(torch.from_numpy(annotations.boxes))
+    return InputBoxes(
+        boxes, boxes_per_image, layouts, torch.from_numpy(layout_of_size[size_of_image])
+    )

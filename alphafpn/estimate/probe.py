@@ -1,138 +1,108 @@
-"""A torchvision detector as the statistics see it: `DetectorProbe`."""
+"""`DetectorProbe`: finds the detector in a module and runs a copy of it on the meta device."""
 
 from __future__ import annotations
 
 import copy
-import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOS
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 
-Size = tuple[int, int]
+from alphafpn.estimate.resize import Resize, Size, is_stock
+
+# By name: importing FSDP to ask would load all of torch.distributed.
+_WRAPPERS = ("ScriptModule", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+
+def find_detector(model: nn.Module) -> Any:
+    """Returns the only detector in `model`: a module with a `transform` and a `backbone`.
+
+    Raises:
+        TypeError: If there is none, or more than one; the message names what was found.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    found = {
+        path or "model": module
+        for path, module in model.named_modules()
+        if {"transform", "backbone"} <= module._modules.keys()
+    }
+    if len(found) != 1:
+        parts = found or dict(model.named_children())
+        names = ", ".join(f"{path}: {type(part).__name__}" for path, part in parts.items())
+        raise TypeError(
+            "model: expected one torchvision detector, with a transform and a backbone, found "
+            f"{len(found) or 'none'} in {type(model).__name__} ({names or 'no parts'})"
+        )
+    return next(iter(found.values()))
+
+
+def refuse_wrappers(model: nn.Module, advice: str) -> None:
+    """Raises TypeError if anything in `model` is scripted or wrapped in DDP or FSDP."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    for path, module in model.named_modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in _WRAPPERS:
+                raise TypeError(
+                    f"{path or 'model'}: expected a module without wrapper, found a "
+                    f"{cls.__name__} ({type(module).__name__}); {advice}"
+                )
 
 
 class DetectorProbe:
-    """What the statistics need of a torchvision detector, checked once.
+    """The levels, anchors and input sizes of a detector, read from a copy without weights.
+
+    Args:
+        model: A torchvision detector, or a module that holds exactly one.
+        like: A probe of the same detector, for a `model` that is a skeleton adapted from its.
 
     Attributes:
-        transform: The detector's own resize and padding.
+        detector: A copy of the detector on the meta device, from `skeleton`.
         generator: Its anchor generator.
+        resize: Its resize and padding rule.
         num_fused_levels: K of its pyramid.
         is_fcos: Whether levels follow regression ranges instead of IoU.
         detections_per_image: The detector's cap on detections.
-        num_channels: Of an image.
+
+    Raises:
+        TypeError: If there is no single detector, or it has no feature pyramid or no anchors that
+            `AnchorGenerator` places.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        model = _unwrapped(model)
-        name = type(model).__name__
-        generator = getattr(getattr(model, "rpn", model), "anchor_generator", None)
-        transform = getattr(model, "transform", None)
-        backbone = getattr(model, "backbone", None)
-        if not (isinstance(transform, nn.Module) and isinstance(backbone, nn.Module)):
-            raise TypeError(
-                f"a torchvision detector expected, found {name} without transform or backbone"
-            )
-        if not isinstance(generator, AnchorGenerator):
-            raise TypeError(
-                f"a detector with an AnchorGenerator expected, found {name} with "
-                f"{type(generator).__name__}"
-            )
-        if not _is_stock(generator, AnchorGenerator, "forward", "grid_anchors"):
+    def __init__(self, model: nn.Module, like: DetectorProbe | None = None) -> None:
+        detector = find_detector(model)
+        name = type(detector).__name__
+        generator = anchor_generator(detector)
+        if not is_stock(generator, AnchorGenerator, "forward", "grid_anchors"):
             raise TypeError(
                 f"{type(generator).__name__} places anchors in its own way: pass them, split by "
                 "level, to estimate_alpha"
             )
-        pyramids = [m for m in backbone.modules() if isinstance(m, FeaturePyramidNetwork)]
+        pyramids = [m for m in detector.backbone.modules() if isinstance(m, FeaturePyramidNetwork)]
         if not pyramids:
-            raise TypeError(f"no FeaturePyramidNetwork in the backbone of {name}")
-        self.transform: Any = copy.copy(transform)
-        self.num_channels = len(getattr(transform, "image_mean", "RGB"))
-        self.generator = generator
+            raise TypeError(f"{name}: expected a FeaturePyramidNetwork in its backbone, found none")
+        self.detector: Any = skeleton(detector) if like is None else detector
+        self.detector.backbone.eval()
+        self.generator = anchor_generator(self.detector)
+        self.num_channels = input_channels(detector.backbone)
+        self.resize = Resize(self.detector.transform, self.num_channels)
         self.num_fused_levels = len(pyramids[0].inner_blocks)
-        self.is_fcos = isinstance(model, FCOS)
-        heads = getattr(model, "roi_heads", model)
+        self.is_fcos = isinstance(detector, FCOS)
+        heads = getattr(detector, "roi_heads", detector)
         self.detections_per_image: int | None = getattr(heads, "detections_per_img", None)
-        self._backbone: nn.Module = backbone._modules.get("_orig_mod") or backbone
-        self._clone: nn.Module = _copy(self._backbone, on_meta=True)
-        self._sizes: dict[int, list[tuple[str, int]]] = {}
-        self._separable: bool | None = None
-
-    @property
-    def min_sizes(self) -> tuple[int | None, ...]:
-        """Returns the sizes that training chooses from; `(None,)` where there is no such choice."""
-        stock = _is_stock(self.transform, GeneralizedRCNNTransform, "forward")
-        if not stock or not self.resizes or self.transform.fixed_size is not None:
-            return (None,)
-        return tuple(self.transform.min_size)
-
-    @property
-    def resizes(self) -> bool:
-        """Whether images are resized, and in torchvision's way."""
-        stock = _is_stock(self.transform, GeneralizedRCNNTransform, "resize")
-        return stock and not self._skips_resize
-
-    def frame(self, size: Size, min_size: int | None = None) -> tuple[Size, Size]:
-        """Computes (height, width) of a resized image, and of the batch that holds it alone.
-
-        Args:
-            size: (height, width) of the original image.
-            min_size: One of `min_sizes`; by default the last, as in evaluation.
-
-        Raises:
-            ValueError: If nothing is left of the resized image.
-        """
-        transform = self.transform
-        if _is_stock(transform, GeneralizedRCNNTransform, "resize"):
-            min_size = min_size or transform.min_size[-1]
-        if min_size is None or not _is_stock(
-            transform, GeneralizedRCNNTransform, "forward", "normalize", "batch_images"
-        ):
-            return self._run_transform(size, min_size)
-        if self._skips_resize:
-            resized = size
-        elif transform.fixed_size is not None:
-            resized = int(transform.fixed_size[1]), int(transform.fixed_size[0])
-        else:
-            # `_resize_image_and_masks` and `interpolate(recompute_scale_factor=True)`.
-            scale = min(min_size / min(size), transform.max_size / max(size))
-            resized = math.floor(size[0] * scale), math.floor(size[1] * scale)
-        if min(resized) < 1:
-            raise ValueError(f"an image of (height, width) {size} is resized to {resized}")
-        unit = transform.size_divisible
-        return resized, (
-            math.ceil(resized[0] / unit) * unit,
-            math.ceil(resized[1] / unit) * unit,
-        )
-
-    def _run_transform(self, size: Size, min_size: int | None) -> tuple[Size, Size]:
-        """Computes `frame` of a transform that is not torchvision's, in the mode it is in."""
-        transform = copy.copy(self.transform)
-        if min_size is not None:
-            transform.min_size = (min_size,)
-        shape = (self.num_channels, *size)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            try:
-                batch, _ = transform.forward([torch.empty(shape, device="meta")], None)
-            except Exception:  # of code that needs data
-                batch, _ = transform.forward([torch.zeros(shape)], None)
-        (height, width), padded = batch.image_sizes[0], batch.tensors.shape[2:]
-        return (int(height), int(width)), (int(padded[0]), int(padded[1]))
-
-    @property
-    def _skips_resize(self) -> bool:
-        """Whether images come resized, as they may for torchvision's transform in training."""
-        return self.transform.training and getattr(self.transform, "_skip_resize", False)
+        # Running the backbone takes longer than all else, so probes of one backbone share the maps.
+        same = like is not None and like.num_fused_levels == self.num_fused_levels
+        self.shared: _Maps = like.shared if like is not None and same else _Maps()
 
     def anchor_grids(
         self, padded: Size
     ) -> tuple[list[Tensor], list[tuple[float, float]], list[Size], int, list[str]]:
-        """Returns what an `AnchorLayout` consists of, on a batch of (height, width), in its order.
+        """Returns the arguments of `AnchorLayout` for a batch of (height, width), in its order.
 
         Cell anchors [A, 4], strides (y, x) and grid sizes (rows, columns) per level; K; the names
         of the feature maps.
@@ -142,7 +112,8 @@ class DetectorProbe:
         cells = [cell.float() for cell in self.generator.cell_anchors]
         if len(cells) != len(maps):
             raise ValueError(
-                f"{len(maps)} feature maps {names}, but cell anchors for {len(cells)} levels"
+                f"anchor generator: expected cell anchors for {len(maps)} feature maps "
+                f"{names}, found {len(cells)}"
             )
         strides = [(float(padded[0] // h), float(padded[1] // w)) for h, w in grids]
         return cells, strides, grids, self.num_fused_levels, names
@@ -150,80 +121,99 @@ class DetectorProbe:
     def feature_maps(self, padded: Size) -> list[tuple[str, Size]]:
         """Returns name and (rows, columns) of each feature map.
 
-        A convolutional backbone treats rows and columns alike, so one probe per length serves all
-        shapes made of those lengths; the first oblong shape checks that this one does.
+        A convolutional backbone treats rows and columns alike, so one run per length serves all
+        shapes made of those lengths. The first oblong shape checks that this backbone does.
         """
-        if self._separable is None and padded[0] != padded[1]:
-            self._separable = self._probe(padded) == self._combine(padded)
-        return self._probe(padded) if self._separable is False else self._combine(padded)
+        if self.shared.separable is None and padded[0] != padded[1]:
+            self.shared.separable = self._map_sizes(padded) == self._combine(padded)
+        whole = self.shared.separable is False
+        return self._map_sizes(padded) if whole else self._combine(padded)
 
     def _combine(self, padded: Size) -> list[tuple[str, Size]]:
-        for length in padded:
-            if length not in self._sizes:
-                maps = self._probe((length, length))
-                self._sizes[length] = [(name, size[0]) for name, size in maps]
-        rows, columns = (self._sizes[length] for length in padded)
-        return [(name, (h, w)) for (name, h), (_, w) in zip(rows, columns, strict=True)]
+        rows, columns = (self._map_sizes((length, length)) for length in padded)
+        return [(name, (h, w)) for (name, (h, _)), (_, (_, w)) in zip(rows, columns, strict=True)]
 
-    def _probe(self, padded: Size) -> list[tuple[str, Size]]:
+    def _map_sizes(self, padded: Size) -> list[tuple[str, Size]]:
+        if padded not in self.shared.maps:
+            maps = run_backbone(self.detector.backbone, (1, self.num_channels, *padded))
+            self.shared.maps[padded] = [
+                (str(name), (int(feature.shape[-2]), int(feature.shape[-1])))
+                for name, feature in maps.items()
+            ]
+        return self.shared.maps[padded]
+
+
+@dataclass
+class _Maps:
+    """Sizes of feature maps by batch shape, and whether rows and columns are independent."""
+
+    maps: dict[Size, list[tuple[str, Size]]] = field(default_factory=dict)
+    separable: bool | None = None
+
+
+def anchor_generator(detector: Any) -> AnchorGenerator:
+    """Returns the anchor generator of a detector; raises TypeError if it has none."""
+    generator = getattr(getattr(detector, "rpn", detector), "anchor_generator", None)
+    if not isinstance(generator, AnchorGenerator):
+        raise TypeError(
+            f"model: expected a detector with an AnchorGenerator, found {type(detector).__name__} "
+            f"with {type(generator).__name__}"
+        )
+    return generator
+
+
+def input_channels(backbone: nn.Module) -> int:
+    """Returns the channels of an image: those of the backbone's first convolution, else 3."""
+    return next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
+
+
+def run_backbone(backbone: nn.Module, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Runs a skeleton's backbone on an image batch of `shape` [N, C, H, W]; returns its maps."""
+    like = next(backbone.parameters())
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            maps = self._run_backbone(padded)
+            maps = backbone(like.new_zeros(shape))
         except Exception:
             # Some code looks at values, which meta tensors lack.
-            self._clone = _copy(self._backbone, on_meta=False)
-            maps = self._run_backbone(padded)
-        if isinstance(maps, Tensor):
-            maps = {"0": maps}
-        return [
-            (str(name), (int(feature.shape[-2]), int(feature.shape[-1])))
-            for name, feature in maps.items()
-        ]
-
-    def _run_backbone(self, padded: Size) -> Any:
-        like = next(self._clone.parameters())
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            return self._clone(like.new_zeros(1, self.num_channels, *padded))
+            backbone = copy.deepcopy(backbone).to_empty(device="cpu")
+            for tensor in (*backbone.parameters(), *backbone.buffers()):
+                tensor.zero_()
+            maps = backbone(like.new_zeros(shape, device="cpu"))
+    return {"0": maps} if isinstance(maps, Tensor) else maps
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """Returns the module inside `torch.compile` and (Distributed)DataParallel."""
-    while isinstance(module, nn.Module):
-        inside = module._modules.get("_orig_mod")
-        if inside is None and "transform" not in module._modules:
-            inside = module._modules.get("module")
-        if inside is None:
-            break
-        module = inside
-    return module
+def skeleton(model: nn.Module) -> Any:
+    """Copies a model to the meta device; anchors keep their values.
 
-
-def _is_stock(module: nn.Module, stock: type[nn.Module], *methods: str) -> bool:
-    """Whether `methods` of `module` are those of `stock`, on its class and on itself."""
-    return isinstance(module, stock) and all(
-        getattr(type(module), method) is getattr(stock, method) and method not in vars(module)
-        for method in methods
-    )
-
-
-def _copy(module: nn.Module, *, on_meta: bool) -> nn.Module:
-    """Copies a module in eval mode, on meta without data or with it; `module` stays as it is."""
+    Hooks are left out: they are the user's code, made for the real module. An attribute that cannot
+    be copied, such as a lock, is shared with the model. Normalisations become the identity: no
+    shape depends on them, and on meta tensors they would load the compiler.
+    """
     memo: dict[int, Any] = {}
-    for part in module.modules():
+    for tensor in (*model.parameters(), *model.buffers()):
+        meta = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(meta, False) if isinstance(tensor, nn.Parameter) else meta
+    parts = list(model.modules())
+    for part in reversed(parts):  # a compiled module comes before the one inside it
+        if "_orig_mod" in part._modules:
+            memo[id(part)] = memo[id(part._modules["_orig_mod"])]
+        elif isinstance(part, nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
+            memo[id(part)] = nn.Identity()
+        else:
+            memo[id(part)] = type(part).__new__(type(part))
+    for part in parts:
+        clone = memo[id(part)]
+        if type(clone) is not type(part):
+            continue
         for name, value in vars(part).items():
-            # Hooks are the user's code, made for the real module.
             if name.endswith("_hooks") and isinstance(value, dict):
-                memo[id(value)] = type(value)()
-    if not on_meta:
-        return copy.deepcopy(module, memo).eval()
-    for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-    others = [v for part in module.modules() for v in vars(part).values() if isinstance(v, Tensor)]
-    for tensor in [*module.buffers(), *others]:
-        memo.setdefault(id(tensor), tensor.detach().to("meta"))
-    clone = copy.deepcopy(module, memo)
-    for part in clone.modules():
-        for name, child in part.named_children():
-            # No shape depends on it, and batch_norm on meta tensors loads the compiler: seconds.
-            if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                setattr(part, name, nn.Identity())
-    return clone.eval()
+                copied: Any = type(value)()
+            elif isinstance(value, Tensor):
+                copied = memo.setdefault(id(value), value.detach().to("meta"))
+            else:
+                try:
+                    copied = copy.deepcopy(value, memo)
+                except Exception:
+                    copied = value
+            clone.__dict__[name] = copied
+    return memo[id(model)]

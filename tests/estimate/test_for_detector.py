@@ -316,7 +316,7 @@ def test_corners_in_a_coco_file_are_warned_of(tmp_path):
 def test_mistakes_are_named(tmp_path):
     dataset = draw_dataset(np.random.default_rng(0))
     for model in (None, nn.Linear(2, 2), "retinanet_resnet50_fpn"):
-        with pytest.raises(TypeError, match="a torchvision detector expected"):
+        with pytest.raises(TypeError, match="model: expected"):
             estimate_alpha_for(model, dataset)
     model = small_detector()
     with pytest.raises(TypeError, match="clamp"):

@@ -86,7 +86,7 @@ def test_layouts_are_those_of_every_builder(name):
         model = build(name)
     view = DetectorProbe(model)
     for size in ((480, 640), (427, 641), (1, 1), (2000, 90), (333, 1999)):
-        if min(view.transform.min_size) * max(size) / min(size) > 1e5:
+        if min(view.resize.transform.min_size) * max(size) / min(size) > 1e5:
             continue
         layout = AnchorLayout.from_detector(model, size)
         assert torch.equal(torch.cat(layout.anchors()), placed(model, layout, size))
@@ -161,7 +161,7 @@ def test_a_backbone_that_treats_rows_and_columns_differently():
     for some in (sizes, sizes[::-1]):
         view = DetectorProbe(model)
         for size in some:
-            layout = AnchorLayout(*view.anchor_grids(view.frame(size)[1]))
+            layout = AnchorLayout(*view.anchor_grids(view.resize.frame(size)[1]))
             assert torch.equal(torch.cat(layout.anchors()), generated(model, size))
 
 
@@ -210,11 +210,12 @@ def test_hooks_are_not_called():
     assert len(model.backbone.fpn._forward_hooks) == 2
 
 
-def test_one_probe_for_each_length(monkeypatch):
+def test_one_probe_for_each_length():
     view = DetectorProbe(small_retinanet(levels=4))
     probed = []
-    probe = view._probe
-    monkeypatch.setattr(view, "_probe", lambda padded: probed.append(padded) or probe(padded))
+    view.detector.backbone.register_forward_pre_hook(
+        lambda module, args: probed.append(tuple(args[0].shape[2:]))
+    )
     lengths = (64, 96, 128)
     for padded in ((h, w) for h in lengths for w in lengths):
         view.feature_maps(padded)
@@ -224,11 +225,11 @@ def test_one_probe_for_each_length(monkeypatch):
 
 def test_shapes_come_without_data():
     view = DetectorProbe(small_retinanet(levels=4))
-    assert all(tensor.is_meta for tensor in view._clone.state_dict().values())
+    assert all(tensor.is_meta for tensor in view.detector.state_dict().values())
     # Nor do those of a backbone with tensors that it has not registered.
     view = DetectorProbe(small_retinanet(small_backbone(cls=Unregistered), 4))
     view.feature_maps((64, 64))
-    assert view._clone.mean.is_meta
+    assert view.detector.backbone.mean.is_meta
 
 
 def test_wrapped_detectors():
@@ -267,7 +268,7 @@ def test_half_precision_and_cell_anchors_of_ones_own():
 
 
 def framed(view, size):
-    return [view.frame(size, min_size) for min_size in view.min_sizes]
+    return [view.resize.frame(size, min_size) for min_size in view.resize.min_sizes]
 
 
 def transforms_own(transform, size, min_size):
@@ -297,30 +298,30 @@ def stock_view():
 @example(1, [640, 672, 704, 736, 768, 800], 1333, 32)
 def test_the_resize_is_the_transforms_own(stock_view, seed, min_sizes, max_size, divisible):
     view = copy.copy(stock_view)
-    view.transform = GeneralizedRCNNTransform(
+    view.resize.transform = GeneralizedRCNNTransform(
         min_sizes, max_size, [0.5] * 3, [0.5] * 3, size_divisible=divisible
     )
     rng = np.random.default_rng(seed)
     image_sizes = rng.integers(1, rng.choice([50, 700, 3000]), (10, 2)).tolist()
     for size in map(tuple, image_sizes):
-        for min_size in view.min_sizes:
-            expected = transforms_own(view.transform, size, min_size)
+        for min_size in view.resize.min_sizes:
+            expected = transforms_own(view.resize.transform, size, min_size)
             if expected is None:
                 with pytest.raises(ValueError, match="resized to"):
-                    view.frame(size, min_size)
+                    view.resize.frame(size, min_size)
             else:
-                assert view.frame(size, min_size) == expected
+                assert view.resize.frame(size, min_size) == expected
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_fixed_sizes_and_skipped_resizes(training):
     fixed = small_retinanet(levels=4, min_size=(40, 64), fixed_size=(96, 60)).train(training)
-    assert DetectorProbe(fixed).min_sizes == (None,)
-    assert DetectorProbe(fixed).frame((10, 300)) == ((60, 96), (64, 96))
+    assert DetectorProbe(fixed).resize.min_sizes == (None,)
+    assert DetectorProbe(fixed).resize.frame((10, 300)) == ((60, 96), (64, 96))
     skipping = small_retinanet(levels=4, _skip_resize=True).train(training)
     expected = ((50, 70), (64, 96)) if training else ((64, 89), (64, 96))
-    assert DetectorProbe(skipping).frame((50, 70)) == expected
-    assert DetectorProbe(skipping).min_sizes == ((None,) if training else (64,))
+    assert DetectorProbe(skipping).resize.frame((50, 70)) == expected
+    assert DetectorProbe(skipping).resize.min_sizes == ((None,) if training else (64,))
     if not training:
         for model in (fixed, skipping):
             layout = AnchorLayout.from_detector(model, (50, 70))
@@ -330,14 +331,14 @@ def test_fixed_sizes_and_skipped_resizes(training):
 def test_several_min_sizes():
     model = small_retinanet(levels=4, min_size=(40, 64, 56)).train()
     view = DetectorProbe(model)
-    assert view.min_sizes == (40, 64, 56)
+    assert view.resize.min_sizes == (40, 64, 56)
     assert framed(view, (50, 50)) == [
         ((40, 40), (64, 64)),
         ((64, 64), (64, 64)),
         ((56, 56), (64, 64)),
     ]
     # Evaluation takes the last.
-    assert view.frame((50, 50)) == view.frame((50, 50), 56)
+    assert view.resize.frame((50, 50)) == view.resize.frame((50, 50), 56)
 
 
 class NoResize(GeneralizedRCNNTransform):
@@ -419,7 +420,10 @@ def test_image_sizes_that_are_refused(size, error, message):
 
 
 def test_an_image_may_be_one_pixel_high():
-    assert DetectorProbe(small_retinanet(levels=4)).frame((1, 100)) == ((1, 100), (32, 128))
+    assert DetectorProbe(small_retinanet(levels=4)).resize.frame((1, 100)) == (
+        (1, 100),
+        (32, 128),
+    )
 
 
 def test_models_that_are_refused():
@@ -441,13 +445,13 @@ def test_models_that_are_refused():
     for part in (transform_only, backbone_only):
         part.anchor_generator = AnchorGenerator()
     for model, message in (
-        (transform_only, "found Module without transform or backbone"),
-        (backbone_only, "found Module without transform or backbone"),
+        (transform_only, "found none in Module"),
+        (backbone_only, "found none in Module"),
         (ssd, "SSD with DefaultBoxGenerator"),
-        (nn.Linear(2, 2), "found Linear without transform or backbone"),
+        (nn.Linear(2, 2), "found none in Linear"),
         (None, "found NoneType"),
         ("fasterrcnn", "found str"),
-        (no_fpn, "no FeaturePyramidNetwork in the backbone of RetinaNet"),
+        (no_fpn, "RetinaNet: expected a FeaturePyramidNetwork"),
         (shifted, "Shifted places anchors in its own way"),
         (patched, "AnchorGenerator places anchors in its own way"),
     ):

@@ -468,7 +468,7 @@ def test_unknown_backbones_are_refused(builder):
         builder(nn.Linear(3, 4), weights_backbone=None)
     plain = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 1)))
     plain.out_channels = 4
-    with pytest.raises(TypeError, match="no FeaturePyramidNetwork"):
+    with pytest.raises(TypeError, match="expected a FeaturePyramidNetwork"):
         builder(plain, weights_backbone=None)
     with pytest.raises(TypeError, match="no_such_option"):
         build(builder, no_such_option=1)
