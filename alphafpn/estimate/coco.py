@@ -243,7 +243,7 @@ def read_plain(data: Any, *, need_sizes: bool = True) -> CocoColumns:
                 _refuse_size(index, image_id, *both)
             image_sizes.append(size)
     position: dict[Id | None, int] = {image_id: index for index, image_id in enumerate(image_ids)}
-    boxes = [_box(entry.get("bbox")) for entry in annotations]
+    boxes = [as_box(entry.get("bbox")) for entry in annotations]
     no_box = np.array([not box for box in boxes], np.bool_)
     reasons = _flags(
         *(np.array([as_flag(e.get(k)) for e in annotations], np.bool_) for k in _FLAGS)
@@ -306,7 +306,7 @@ def _listed(categories: Any) -> set[Id]:
     return {identity for identity in ids if identity is not None}
 
 
-def _box(value: Any) -> list[float]:
+def as_box(value: Any) -> list[float]:
     """Returns the numbers of a box, infinite ones for anything else; none if there is no box."""
     value = plain(value)
     if value is None or value in ([], (), {}, ""):
