@@ -1,35 +1,38 @@
-"""Means and rank correlations over seeds, with their 95 % intervals."""
+"""Means over seeds, how certain they are, and rank correlations."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import optimize, stats  # type: ignore[import-untyped]
 
-LEVEL = 0.95
+LEVEL, POWER = 0.95, 0.8
 _RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean with its t-interval.
+    """A mean over seeds with its t-interval.
 
     Attributes:
-        count: Values.
-        mean: Of them; nan if there are none.
-        half: Half the width of the interval; nan if there are fewer than two.
+        count: Number of seeds.
+        mean: Of the values.
+        half: Half the width of the 95 % interval; nan with fewer than two seeds.
+        detectable: The smallest true mean that as many seeds, with this spread, tell from 0 in
+            80 % of all experiments (two-sided t-test at 5 %); nan with fewer than two seeds.
     """
 
     count: int
     mean: float
     half: float
+    detectable: float
 
     def __str__(self) -> str:
-        half = "" if math.isnan(self.half) else f" ± {self.half:.1f}"
-        return f"{self.mean:+.1f}{half}" if self.count else ""
+        return self.text(sign="+")
 
     @property
     def low(self) -> float:
@@ -41,24 +44,43 @@ class Mean:
         """Upper end of the interval."""
         return self.mean + self.half
 
+    def text(self, digits: int = 1, sign: str = "") -> str:
+        """The mean and its interval as tables show them; empty without values."""
+        if not self.count:
+            return ""
+        half = "" if math.isnan(self.half) else f" ± {self.half:.{digits}f}"
+        return f"{self.mean:{sign}.{digits}f}{half}"
+
 
 def mean_of(values: Sequence[float]) -> Mean:
-    """Mean and interval of values that are independent, such as one for each seed."""
+    """Mean, interval and detectable size of values, one per seed."""
     count = len(values)
     if count < 2:
-        return Mean(count, float(values[0]) if count else math.nan, math.nan)
+        return Mean(count, float(np.mean(values)) if count else math.nan, math.nan, math.nan)
     error = float(np.std(values, ddof=1)) / math.sqrt(count)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * error
-    return Mean(count, float(np.mean(values)), half)
+    half = _critical(count - 1) * error
+    return Mean(count, float(np.mean(values)), half, _detectable(count) * error)
 
 
-def paired(found: Mapping[int, float], others: Mapping[int, float]) -> list[float]:
+def paired(values: Mapping[int, float], others: Mapping[int, float]) -> list[float]:
     """Differences of the seeds that both have."""
-    return [value - others[seed] for seed, value in sorted(found.items()) if seed in others]
+    return [value - others[seed] for seed, value in sorted(values.items()) if seed in others]
+
+
+def holm(differences: Sequence[Sequence[float]]) -> list[float]:
+    """P-values of t-tests against 0, corrected by Holm's method for the number of tests."""
+    raw = np.array(
+        [float(stats.ttest_1samp(v, 0.0).pvalue) if len(v) > 1 else 1.0 for v in differences]
+    )
+    corrected, largest = np.empty(len(raw)), 0.0
+    for rank, index in enumerate(raw.argsort()):
+        largest = max(largest, min(1.0, (len(raw) - rank) * raw[index]))
+        corrected[index] = largest
+    return [float(value) for value in corrected]
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's; nan where all values of one side are the same."""
+    """Spearman's rank correlation; nan if either holds one value only."""
     if len(set(first)) < 2 or len(set(second)) < 2:
         return math.nan
     return float(stats.spearmanr(first, second).statistic)
@@ -82,3 +104,21 @@ def resampled(
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(values, [tail, 100 - tail])
     return float(low), float(high)
+
+
+@functools.cache
+def _critical(free: int) -> float:
+    return float(stats.t.ppf((1 + LEVEL) / 2, free))
+
+
+@functools.cache
+def _detectable(count: int) -> float:
+    """The detectable mean in standard errors."""
+    free = count - 1
+    critical = _critical(free)
+
+    def lack(effect: float) -> float:
+        # The share of the other tail is below 1e-4 if the power is anywhere near 80 %.
+        return float(stats.nct.sf(critical, free, effect)) - POWER
+
+    return float(optimize.brentq(lack, 0.1, 2 * critical + 2))

@@ -22,7 +22,8 @@ from benchmarks.adapting.experiment import (
     STOCK,
 )
 from benchmarks.intervals import mean_of, paired
-from benchmarks.records import Record, fill, fold, table
+from benchmarks.markdown import fill, fold, table
+from benchmarks.records import Record
 
 Line: TypeAlias = tuple[str, Runs, str]  # a label, and a row of some runs
 

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("scipy")
 
-from benchmarks import records
+from benchmarks import markdown, records
 from benchmarks.adapting import analysis
 from benchmarks.adapting.data import Part
 from benchmarks.intervals import mean_of, paired, rank_correlation, resampled
@@ -76,14 +76,14 @@ def test_two_processes_do_not_do_the_same_run(tmp_path):
 def test_a_page_is_filled_between_its_marks_alone(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- x: begin -->\nold\n<!-- x: end -->\nafter\n")
-    records.fill(page, "x", [records.table(["a", "b"], [["1", "2"]])])
+    markdown.fill(page, "x", [markdown.table(["a", "b"], [["1", "2"]])])
     lines = page.read_text().split("\n")
     assert [line for line in lines if line] == [
         "before", "<!-- x: begin -->", "| a | b |", "| --- | --- |", "| 1 | 2 |",
         "<!-- x: end -->", "after",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="y: begin"):
-        records.fill(page, "y", [])
+        markdown.fill(page, "y", [])
 
 
 def test_intervals_by_hand():

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch.utils.data import Subset
 from torchvision.datasets import CocoDetection
 
+from alphafpn.estimate.annotations import read_annotations
 from alphafpn.estimate.coco import decode
-from alphafpn.estimate.read import read_annotations
 from tests.annotation_sets import (
     EXPECTED,
     assert_equals,
@@ -76,7 +76,7 @@ class TestCocoFile:
         }
         assert found.boxes.tolist() == [[10, 20, 40, 60], [0, 0, 5, 5]]
         assert found.num_clipped == 1
-        assert found.counts.tolist() == [2, 0]
+        assert found.boxes_per_image.tolist() == [2, 0]
 
     def test_order_is_of_images_then_of_annotations(self, tmp_path: Path) -> None:
         annotations = [annotation(image_id=(3, 7)[n % 2], bbox=[n, 0, 1, 1]) for n in range(40)]
@@ -212,8 +212,8 @@ class TestCocoFile:
 class TestCocoDetection:
     def test_subset_picks_and_repeats(self, coco_detection: CocoDetection) -> None:
         found = read_annotations(Subset(coco_detection, [2, 0, 2]))
-        assert found.sizes.tolist() == [[25, 25], [48, 64], [25, 25]]
-        assert found.counts.tolist() == [1, 2, 1]
+        assert found.image_sizes.tolist() == [[25, 25], [48, 64], [25, 25]]
+        assert found.boxes_per_image.tolist() == [1, 2, 1]
         whole, first = [[0, 0, 25, 25]], EXPECTED.boxes[:2].tolist()
         assert found.boxes.tolist() == whole + first + whole
         assert found.left_out == {"zero size": 2, "outside the image": 2}

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from alphafpn.estimate.columns import (
     CROWD,
     Annotations,
@@ -37,15 +36,15 @@ def test_left_out_boxes_are_not_counted_as_clipped() -> None:
     assert (found.num_clipped, found.left_out) == (0, {"crowd": 1})
     found = clipped([3, 3, 3, 8], [11, 3, 15, 8], [2, 3, 4, 5])
     assert found.left_out == {"zero size": 1, "outside the image": 1}
-    assert found.counts.tolist() == [1]
+    assert found.boxes_per_image.tolist() == [1]
 
 
 def test_parts_are_put_in_a_row() -> None:
     parts = [clipped([-5, 0, 5, 5], [3, 3, 3, 3]), clipped([1, 1, 2, 2], [4, 4, 4, 9])]
     found = concatenate(parts)
-    assert found.sizes.tolist() == [[20, 10]] * 2
+    assert found.image_sizes.tolist() == [[20, 10]] * 2
     assert found.boxes.tolist() == [[0, 0, 5, 5], [1, 1, 2, 2]]
-    assert found.counts.tolist() == [1, 1]
+    assert found.boxes_per_image.tolist() == [1, 1]
     assert (found.num_clipped, found.left_out) == (1, {"zero size": 2})
     assert found.place(1) == "image 1"
 

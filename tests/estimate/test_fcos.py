@@ -28,26 +28,69 @@ def test_fcos_levels_are_those_of_its_ranges(seed, sizes):
     assert not iou.any()
 
 
+class Head:
+    """In place of FCOS's head: the loss is which box each location belongs to."""
+
+    def compute_loss(self, targets, head_outputs, anchors, matched):
+        return matched
+
+
+def own_owners(anchors, boxes, radius):
+    """What torchvision's loss assigns to each location."""
+    fcos = FCOS.__new__(FCOS)
+    torch.nn.Module.__init__(fcos)
+    fcos.head, fcos.center_sampling_radius = Head(), radius
+    numbers = [len(level) for level in anchors]
+    (matched,) = fcos.compute_loss([{"boxes": boxes}], {}, [torch.cat(anchors)], numbers)
+    return matched.tolist()
+
+
 def test_fcos_levels_are_those_that_its_own_loss_gives():
     # Each box lies with its centre on an anchor point of every level; the loss then gives this
     # point to the box on exactly one level.
-    class Head:
-        def compute_loss(self, targets, head_outputs, anchors, matched):
-            return matched
-
     sizes = [8, 16, 32, 64, 128]
     centres = torch.tensor([[512.0, 512, 512, 512]])
     anchors = [centres + torch.tensor([[-s / 2, -s / 2, s / 2, s / 2]]) for s in sizes]
-    fcos = FCOS.__new__(FCOS)
-    torch.nn.Module.__init__(fcos)
-    fcos.head, fcos.center_sampling_radius = Head(), 1.5
     rng = np.random.default_rng(0)
     half = torch.tensor(np.exp(rng.uniform(0, 6.2, (300, 2))), dtype=torch.float32)
     boxes = torch.cat([512 - half, 512 + half], 1)
     level, _ = RangeMatcher(sizes, CPU).match(boxes)
     for box, mine in zip(boxes, level.tolist(), strict=True):
-        (matched,) = fcos.compute_loss([{"boxes": box[None]}], {}, [torch.cat(anchors)], [1] * 5)
-        assert (matched >= 0).nonzero().flatten().tolist() == [mine]
+        matched = own_owners(anchors, box[None], 1.5)
+        assert [i for i, owner in enumerate(matched) if owner >= 0] == [mine]
+
+
+# Whole numbers put boxes on locations and borders; large ones make areas tie in float32.
+images = st.tuples(
+    seeds,
+    st.sampled_from([1, 3, 12]),
+    st.sampled_from([20.0, 100.0, 12000.0]),
+    st.booleans(),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    image=images,
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    stride=st.integers(1, 16),
+    radius=st.sampled_from([0.3, 1.5, 1.5 / 0.37, 6.0]),
+)
+@example(image=(0, 12, 20.0, True), sizes=[4, 8], stride=4, radius=1.5)
+@example(image=(0, 12, 12000.0, True), sizes=[2000], stride=16, radius=6.0)
+def test_the_literal_owners_are_those_of_fcos_own_loss(image, sizes, stride, radius):
+    seed, number, largest, whole = image
+    rng = np.random.default_rng(seed)
+    low = rng.uniform(-10, 60, (number, 2))
+    boxes = np.concatenate([low, low + rng.uniform(0.5, largest, (number, 2))], 1)
+    boxes = torch.tensor(boxes.round() if whole else boxes, dtype=torch.float32)
+    anchors = []
+    for level, size in enumerate(sizes):
+        grid, step = max(1, 5 >> level), stride << level
+        y, x = torch.meshgrid(*[torch.arange(grid) * step] * 2, indexing="ij")
+        cell = torch.tensor([-size, -size, size, size]) / 2
+        anchors.append(torch.stack([x, y, x, y], -1).view(-1, 4) + cell.round())
+    assert oracle.fcos_owners(anchors, boxes, radius) == own_owners(anchors, boxes, radius)
 
 
 def test_a_box_on_the_border_of_two_ranges_is_the_coarser_levels():

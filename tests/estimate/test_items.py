@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
-from alphafpn.estimate.read import read_annotations
+from alphafpn.estimate.annotations import read_annotations
 from tests.annotation_sets import (
     CONTENT,
     DATASETS,
@@ -121,7 +121,7 @@ BAD_ITEMS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 def test_images_from_one_pixel_to_the_most_that_float32_can_tell() -> None:
     found = read_annotations([((1, 2**24), [[0, 0, 2**24, 1]]), ((2**24, 1), [])])
-    assert found.sizes.tolist() == [[1, 2**24], [2**24, 1]]
+    assert found.image_sizes.tolist() == [[1, 2**24], [2**24, 1]]
     assert found.boxes.tolist() == [[0, 0, 2**24, 1]]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 
-from alphafpn.estimate.read import read_annotations
+from alphafpn.estimate.annotations import read_annotations
 from tests.annotation_sets import (
     DATASETS,
     EXPECTED,
@@ -137,7 +137,7 @@ class TestSameContentSameAnnotations:
         path = write(tmp_path, content_as_coco())
         expected = read_annotations(path, category_ids=[2])
         assert expected.left_out == {"other categories": 1} | EXPECTED.left_out
-        assert expected.counts.tolist() == [1, 0, 1]
+        assert expected.boxes_per_image.tolist() == [1, 0, 1]
         for dataset in (DATASETS["PIL"](), DATASETS["XYWH"](), coco_detection):
             assert_same(read_annotations(dataset, category_ids=[2]), expected)
 
