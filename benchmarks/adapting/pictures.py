@@ -87,15 +87,27 @@ def draw_cost(figure: Any, runs: Runs) -> None:
 
 
 def draw_reach(figure: Any, runs: Runs) -> None:
-    """AP50 against reach: the rows of a data set on one line."""
+    """AP50 against reach: rows at the input's own size on a line, the larger input as a square."""
     figure.set_size_inches(6.2, 4.2)
     axes = figure.subplots()
-    for data in runs.by_row:
-        rows = runs.rows(data, FITS)
-        points = sorted(
-            (100 * runs.average(data, r, "reached"), runs.mean(data, r).mean) for r in rows
-        )
-        axes.plot(*zip(*points, strict=True), "o-", label=data)
+    for index, data in enumerate(runs.by_row):
+        for rows, style in ((FITS[:-1], "o-"), (FITS[-1:], "s")):
+            points = [
+                (100 * runs.average(data, row, "reached"), runs.mean(data, row).mean)
+                for row in runs.rows(data, rows)
+            ]
+            label = data if style == "o-" else None
+            if points:
+                x, y = zip(*sorted(points), strict=True)
+                axes.plot(
+                    x,
+                    y,
+                    style,
+                    color=f"C{index}",
+                    mfc="white" * (style == "s") or None,
+                    label=label,
+                )
+    axes.plot([], [], "s", color="grey", mfc="white", label=NAMES[LARGER])
     axes.set_xlabel("boxes that reach IoU .5, %", fontsize=_SIZE)
     axes.set_ylabel("AP50", fontsize=_SIZE)
     axes.tick_params(labelsize=_SIZE - 1)
