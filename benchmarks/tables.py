@@ -40,7 +40,7 @@ several sizes, in the ratios of objects that their names give. *Near* figures ca
 themselves; *far* ones only by a landmark 64 px or more away. *Blood cells* (BCCD) are divided by
 the number in the name. *People* are crops of TinyPerson. A *regime* is what the backbone starts
 from, the optimizer with its highest rate, and the steps. [First
-function](glossary.md#first-function) and *rates* are the two parts of [what a factor
+function](how-it-works.md#what-a-factor-is) and *rates* are the two parts of [what a factor
 is](how-it-works.md#what-a-factor-is). The *forward share* of an edge is the RMS of the map from
 above over the RMS of the sum; its *drift* is how it changes while factors of 1 are trained.
 
