@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.adapting import report as adapting
 from benchmarks.earlier import factors, fine_tuning, systems, tinyperson
 from benchmarks.markdown import fold, table, write
-from benchmarks.records import FOLDER, kept, read
+from benchmarks.records import FOLDER, kept
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -125,6 +125,4 @@ if __name__ == "__main__":
     path = DOCS / "experiment-tables.md"
     factors.draw(kept("factors"), DOCS / "images")
     write(path, page())
-    found = read([FOLDER / "adapting.jsonl.gz", *DOCS.parent.glob("benchmarks/adapting/*.jsonl")])
-    if any(record["config"]["study"] == "main" for record in found):
-        adapting.write(found, path)
+    adapting.write(kept("adapting"), DOCS)
