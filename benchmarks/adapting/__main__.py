@@ -2,7 +2,7 @@
 
     python -m benchmarks.adapting run [--studies main starts ...] [--seeds 0 1 2] [--minutes 60]
     python -m benchmarks.adapting list
-    python -m benchmarks.adapting report [--page docs/adapting-results.md]
+    python -m benchmarks.adapting report [--page docs/experiment-tables.md]
 
 The environment variable `ALPHAFPN_DATA` names the folder of the real images. Each finished run is a
 line of `results.jsonl`; an interrupted one starts again from its first step.
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "adapting")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "adapting-results.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "experiment-tables.md")
     given = parser.parse_args()
     if given.what == "report":
         # Only here: it draws, and needs more libraries than a run.
