@@ -57,17 +57,10 @@ Small RetinaNets (32 channels) on four kinds of data. *Drawn* scenes hold figure
 several sizes, in the ratios of objects that their names give. *Near* figures can be recognised by
 themselves; *far* ones only by a landmark 64 px or more away. *Blood cells* (BCCD) are divided by
 the number in the name. *People* are crops of TinyPerson. A *regime* is what the backbone starts
-<<<<<<< HEAD
 from, the optimizer with its highest rate, and the steps. *First function* and *rates* are the two
 parts of [what a factor is](how-it-works.md#what-a-factor-is). The *forward share* of an edge is the
 RMS of the map from above over the RMS of the sum; its *drift* is how it changes while factors of 1
 are trained.
-=======
-from, the optimizer with its highest rate, and the steps. [First
-function](how-it-works.md#what-a-factor-is) and *rates* are the two parts of [what a factor
-is](how-it-works.md#what-a-factor-is). The *forward share* of an edge is the RMS of the map from
-above over the RMS of the sum; its *drift* is how it changes while factors of 1 are trained.
->>>>>>> main
 
 {factors}
 
