@@ -85,10 +85,10 @@ def adapt_detector(
     `center_sampling_radius` is divided by the scale, so that the radius in pixels stays, up to the
     rounding of sizes.
 
-    A trained head gives its boxes in units of the anchors. Before it is trained again, a RetinaNet
-    or RPN predicts boxes `fit` times as large, and as far from the centres of its anchors; FCOS
-    does too, unless you divide the weight and bias of its last convolution,
-    `head.regression_head.bbox_reg`, by the scale.
+    A trained head gives its boxes in units of the anchors. Anchors half as large therefore make the
+    same weights of a RetinaNet, RPN or FCOS predict boxes half as large, half as far from the
+    centres of the anchors, until they are trained again. FCOS keeps its boxes if you divide the
+    weight and the bias of its last convolution, `head.regression_head.bbox_reg`, by the scale.
 
     A checkpoint holds neither anchors nor input size: a script that loads one has to repeat the
     call on a new detector first. Adapt once, before `patch_detector`, and before you make the

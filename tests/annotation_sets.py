@@ -165,6 +165,10 @@ def pillow(height: int, width: int) -> Image.Image:
     return Image.new("RGB", (width, height))
 
 
+def tensor(height: int, width: int) -> torch.Tensor:
+    return torch.zeros(3, height, width)
+
+
 def bounding_boxes(name: str) -> Callable[[list[list[float]], tuple[int, int]], BoundingBoxes]:
     return lambda boxes, size: BoundingBoxes(
         as_format(boxes, name), format=name, canvas_size=size, dtype=torch.float32
@@ -197,7 +201,7 @@ ITERABLES: dict[str, Callable[[], Any]] = {
 }
 DATASETS: dict[str, Callable[[], Any]] = {
     "PIL": lambda: Detection(pairs(images(pillow), targets(plain))),
-    "tensor": lambda: Detection(pairs(images(lambda h, w: torch.zeros(3, h, w)), targets(plain))),
+    "tensor": lambda: Detection(pairs(images(tensor), targets(plain))),
     "tv_tensor": lambda: Detection(
         pairs(images(lambda h, w: TVImage(torch.zeros(1, h, w))), targets(bounding_boxes("XYXY")))
     ),
@@ -205,6 +209,18 @@ DATASETS: dict[str, Callable[[], Any]] = {
     "CXCYWH": lambda: Detection(pairs(images(pillow), targets(bounding_boxes("CXCYWH")))),
     "size from canvas": lambda: Detection(pairs([None] * 3, targets(bounding_boxes("XYXY")))),
     "generator": lambda: (item for item in pairs(images(pillow), targets(plain))),
+    "triples, as DeepForest's": lambda: Detection(
+        [(*pair, "a.png") for pair in pairs(images(tensor), targets(plain))]
+    ),
+    "dictionaries": lambda: Detection(
+        [{"image": i, **target} for i, target in pairs(images(pillow), targets(plain))]
+    ),
+    "dictionaries, as TorchGeo's": lambda: Detection(
+        [
+            {"image": i, "bbox_xyxy": target["boxes"], "label": target["labels"], "crs": None}
+            for i, target in pairs(images(tensor), targets(plain))
+        ]
+    ),
     "subset of a subset": lambda: Subset(
         Subset(Detection(pairs(images(pillow), targets(plain))), [2, 1, 0]), [2, 1, 0]
     ),

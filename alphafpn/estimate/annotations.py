@@ -198,7 +198,7 @@ def _from_coco(
     """Reads all images of a COCO file, or those of `image_ids`; adds its categories to `known`."""
     coco = read_coco(source, name)
     reasons, sizes = coco.reasons, coco.image_sizes
-    used = set(coco.category_ids) - {None}
+    used = {category for category in set(coco.category_ids) if category is not None}
     known |= coco.listed | used
     if wanted is not None:
         reasons[np.array([c not in wanted for c in coco.category_ids], np.bool_)] = OTHER
@@ -209,13 +209,15 @@ def _from_coco(
     nowhere = reasons[order[: per_image[0]]]
     rows = order[per_image[0] :]
     if image_ids is not None:
-        position = {image_id: index for index, image_id in enumerate(coco.image_ids)}
+        position: dict[Id | None, int] = {image: i for i, image in enumerate(coco.image_ids)}
         if missing := [image_id for image_id in image_ids if as_id(image_id) not in position]:
             raise ValueError(
                 f"{name}: ids: expected ids of the {len(sizes)} images, found {show(missing[0])}"
             )
         take = np.array([position[as_id(image_id)] for image_id in image_ids], np.int64)
-        sizes, first, counts, nowhere = sizes[take], first[take], counts[take], nowhere[:0]
+        if len(np.unique(take)) < len(sizes):
+            nowhere = nowhere[:0]  # they belong to the whole
+        sizes, first, counts = sizes[take], first[take], counts[take]
         start = np.cumsum(counts) - counts
         rows = order[np.repeat(first - start, counts) + np.arange(counts.sum())]
     notes = {"annotations have polygons but no box, and were left out": coco.num_polygons}
@@ -225,8 +227,8 @@ def _from_coco(
     ):
         if ids & used:
             notes[text] = sum(coco.category_ids[i] in ids for i in rows[reasons[rows] == 0])
-    boxes = coco.boxes.astype(np.float32).take(rows, axis=0)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # in boxes that are left out
+        boxes = coco.boxes.astype(np.float32).take(rows, axis=0)
         boxes[:, 2:] += boxes[:, :2]
     reasons = reasons.take(rows)
     return replace(

@@ -42,7 +42,7 @@ OTHER, NO_BOX, NOT_FINITE, NEGATIVE, NO_IMAGE, CROWD, IGNORE, ZERO, OUTSIDE = ra
 _FLAGS = ("iscrowd", "ignore")
 _LARGEST = float(np.finfo(np.float32).max)
 _FILE = "expected a COCO JSON file, found"
-_CONVERT = "; see 'Convert other formats' in docs/recipes.md"
+_CONVERT = "; docs/recipes.md#convert-annotations shows how to convert others"
 # What a file that is no JSON may be, by how it begins.
 _OTHER_FORMATS = (
     (rb"\s*$", "an empty file"),
@@ -188,8 +188,10 @@ def _read_typed(coco: _Coco) -> CocoColumns:
     owners = column(annotations, "image_id", np.int64)
     image_index = np.full(len(owners), -1)
     if len(ids):
-        order = np.argsort(ids)
-        image_index = order[np.searchsorted(ids, owners, sorter=order).clip(max=len(ids) - 1)]
+        # Sorted first: a search in order is several times as fast.
+        by_owner, by_id = np.argsort(owners, kind="stable"), np.argsort(ids)
+        found = np.searchsorted(ids, owners[by_owner], sorter=by_id)
+        image_index[by_owner] = by_id[found.clip(max=len(ids) - 1)]
         image_index[ids[image_index] != owners] = -1
     values = chain.from_iterable(map(attrgetter("bbox"), annotations))
     columns = CocoColumns(
@@ -235,13 +237,13 @@ def read_plain(data: Any, *, need_sizes: bool = True) -> CocoColumns:
             raise ValueError(f"images[{index}]: expected an int or a string as id, found {found}")
         image_ids.append(image_id)
         if need_sizes:
-            found = image.get("height"), image.get("width")
-            size = tuple(map(as_id, found))
+            both = image.get("height"), image.get("width")
+            size = tuple(map(as_id, both))
             if not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in size):
-                _refuse_size(index, image_id, *found)
+                _refuse_size(index, image_id, *both)
             image_sizes.append(size)
-    position = {image_id: index for index, image_id in enumerate(image_ids)}
-    boxes = [_box(entry.get("bbox")) for entry in annotations]
+    position: dict[Id | None, int] = {image_id: index for index, image_id in enumerate(image_ids)}
+    boxes = [as_box(entry.get("bbox")) for entry in annotations]
     no_box = np.array([not box for box in boxes], np.bool_)
     reasons = _flags(
         *(np.array([as_flag(e.get(k)) for e in annotations], np.bool_) for k in _FLAGS)
@@ -264,16 +266,16 @@ def read_plain(data: Any, *, need_sizes: bool = True) -> CocoColumns:
 
 def _checked(columns: CocoColumns, first_owner: list[Any]) -> CocoColumns:
     """Applies the rules that both passes share."""
-    first: dict[Id, int] = {}
-    for index, image_id in enumerate(columns.image_ids):
-        if first.setdefault(image_id, index) != index:
-            raise ValueError(
-                f"images[{index}]: expected an id of its own, found {show(image_id)}, which"
-                f" images[{first[image_id]}] has"
-            )
+    ids = columns.image_ids
+    if len(set(ids)) != len(ids):
+        first: dict[Id, int] = {}
+        index = next(i for i, image_id in enumerate(ids) if first.setdefault(image_id, i) != i)
+        raise ValueError(
+            f"images[{index}]: expected an id of its own, found {show(ids[index])}, which"
+            f" images[{first[ids[index]]}] has"
+        )
     nowhere, boxes, reasons = columns.image_index < 0, columns.boxes, columns.reasons
     if len(nowhere) and nowhere.all():
-        ids = columns.image_ids
         raise ValueError(
             "expected annotations on the images of the file, found none: image_id"
             f" {show(first_owner[0])} in annotations[0], "
@@ -281,8 +283,10 @@ def _checked(columns: CocoColumns, first_owner: list[Any]) -> CocoColumns:
         )
     # The last reason given is the one that counts.
     reasons[nowhere & (reasons != NO_BOX)] = NO_IMAGE
-    reasons[(boxes[:, 2:] < 0).any(axis=1)] = NEGATIVE
-    reasons[~(np.abs(boxes) <= _LARGEST).all(axis=1)] = NOT_FINITE
+    reasons[(boxes[:, 2] < 0) | (boxes[:, 3] < 0)] = NEGATIVE
+    finite = np.abs(boxes) <= _LARGEST
+    if not finite.all():
+        reasons[~finite.all(axis=1)] = NOT_FINITE
     return columns
 
 
@@ -302,7 +306,7 @@ def _listed(categories: Any) -> set[Id]:
     return {identity for identity in ids if identity is not None}
 
 
-def _box(value: Any) -> list[float]:
+def as_box(value: Any) -> list[float]:
     """Returns the numbers of a box, infinite ones for anything else; none if there is no box."""
     value = plain(value)
     if value is None or value in ([], (), {}, ""):

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -28,39 +27,29 @@ _DRAWS = 5
 _SLACK = 1e-6
 
 
-class _Annotation(msgspec.Struct):
-    bbox: _coco.Box
-    iscrowd: bool | int = False
-    ignore: bool | int = False
-
-
-class _Annotations(msgspec.Struct):
-    annotations: list[_Annotation]
-
-
 def box_sizes(dataset: _coco.Source | Mapping[str, Any]) -> Tensor:
     """Lists the sizes that Scale Match compares: square roots of the areas of a dataset's boxes.
 
     Args:
-        dataset: COCO dict with `annotations`, or the path to one as JSON.
+        dataset: COCO dict with `images` and `annotations`, or the path to one as JSON.
 
     Returns:
         `sqrt(w * h)` in pixels, `[N]` in float64. Boxes marked `iscrowd` or `ignore` and boxes
-        without area are left out.
+        without area are left out; so are broken annotations, with a warning.
 
     Raises:
-        ValueError: If an annotation is incomplete, mistyped, not finite or negative in size.
+        ValueError: If the data is no COCO data set.
 
     Examples:
-        >>> boxes = [{"bbox": [5, 5, 4, 9]}, {"bbox": [0, 0, 8, 8], "ignore": True}]
-        >>> box_sizes({"annotations": boxes})
+        >>> person = {"image_id": 1, "bbox": [5, 5, 4, 9]}
+        >>> crowd = {"image_id": 1, "bbox": [0, 0, 8, 8], "ignore": True}
+        >>> box_sizes({"images": [{"id": 1}], "annotations": [person, crowd]})
         tensor([6.], dtype=torch.float64)
     """
-    name, _, found = _coco.read(dataset, _Annotations, "dataset")
-    boxes = _coco.boxes(f"{name}.annotations", found.annotations)
-    counted = np.array([not (a.iscrowd or a.ignore) for a in found.annotations], np.bool_)
+    _, columns, _ = _coco.read(dataset, "dataset", need_sizes=False)
+    boxes = columns.boxes[columns.reasons == 0]
     sizes = np.sqrt(boxes[:, 2] * boxes[:, 3])
-    return torch.from_numpy(sizes[counted & (sizes > 0)])
+    return torch.from_numpy(sizes[sizes > 0])
 
 
 class ScaleMatch(BoxTransform):

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torchvision.models.detection.fcos import FCOS
 
-from alphafpn.estimate.fcos import RangeMatcher
+from alphafpn.estimate import fcos as module
+from alphafpn.estimate.fcos import RangeMatcher, owned_boxes
 from tests import oracle
 from tests.anchor_sets import seeds
 
@@ -60,37 +62,82 @@ def test_fcos_levels_are_those_that_its_own_loss_gives():
         assert [i for i, owner in enumerate(matched) if owner >= 0] == [mine]
 
 
-# Whole numbers put boxes on locations and borders; large ones make areas tie in float32.
-images = st.tuples(
-    seeds,
-    st.sampled_from([1, 3, 12]),
-    st.sampled_from([20.0, 100.0, 12000.0]),
-    st.booleans(),
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    image=images,
-    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
-    stride=st.integers(1, 16),
-    radius=st.sampled_from([0.3, 1.5, 1.5 / 0.37, 6.0]),
-)
-@example(image=(0, 12, 20.0, True), sizes=[4, 8], stride=4, radius=1.5)
-@example(image=(0, 12, 12000.0, True), sizes=[2000], stride=16, radius=6.0)
-def test_the_literal_owners_are_those_of_fcos_own_loss(image, sizes, stride, radius):
-    seed, number, largest, whole = image
-    rng = np.random.default_rng(seed)
+def scene(rng, number, largest, whole):
+    """Whole numbers put boxes on locations and borders; large ones make areas tie in float32."""
     low = rng.uniform(-10, 60, (number, 2))
     boxes = np.concatenate([low, low + rng.uniform(0.5, largest, (number, 2))], 1)
-    boxes = torch.tensor(boxes.round() if whole else boxes, dtype=torch.float32)
-    anchors = []
-    for level, size in enumerate(sizes):
-        grid, step = max(1, 5 >> level), stride << level
-        y, x = torch.meshgrid(*[torch.arange(grid) * step] * 2, indexing="ij")
-        cell = torch.tensor([-size, -size, size, size]) / 2
-        anchors.append(torch.stack([x, y, x, y], -1).view(-1, 4) + cell.round())
+    return torch.tensor(boxes.round() if whole else boxes, dtype=torch.float32)
+
+
+def place(cell, stride, grid):
+    """Anchors [N, 4] with the one cell, on a grid."""
+    y, x = torch.meshgrid(
+        *(torch.arange(n) * s for n, s in zip(grid, stride, strict=True)), indexing="ij"
+    )
+    return torch.stack([x, y, x, y], -1).view(-1, 4) + cell
+
+
+scenes = {
+    "seed": seeds,
+    "largest": st.sampled_from([20.0, 100.0, 12000.0]),
+    "whole": st.booleans(),
+    "sizes": st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    "stride": st.integers(1, 16),
+    "radius": st.sampled_from([0.3, 1.5, 1.5 / 0.37, 6.0]),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(**scenes, number=st.sampled_from([1, 3, 12]))
+@example(seed=0, largest=20.0, whole=True, sizes=[4, 8], stride=4, radius=1.5, number=12)
+@example(seed=0, largest=12000.0, whole=True, sizes=[2000], stride=16, radius=6.0, number=12)
+def test_the_literal_owners_are_those_of_fcos_own_loss(
+    seed, largest, whole, sizes, stride, radius, number
+):
+    boxes = scene(np.random.default_rng(seed), number, largest, whole)
+    anchors = [
+        place((torch.tensor([-size, -size, size, size]) / 2).round(), (step, step + 1), (grid, 4))
+        for size, step, grid in zip(sizes, (stride, 2 * stride, 40, 64), (5, 3, 2, 1), strict=False)
+    ]
     assert oracle.fcos_owners(anchors, boxes, radius) == own_owners(anchors, boxes, radius)
+
+
+@settings(max_examples=40, deadline=None)
+@given(**scenes, numbers=st.lists(st.sampled_from([0, 1, 3, 12]), max_size=5), block=seeds)
+@example(
+    seed=0, largest=100.0, whole=True, sizes=[4, 8], stride=4, radius=1.5, numbers=[9] * 5, block=0
+)
+@example(
+    seed=0, largest=12000.0, whole=True, sizes=[999], stride=16, radius=6.0, numbers=[12], block=9
+)
+def test_owned_boxes_are_those_of_the_literal_owners(
+    seed, largest, whole, sizes, stride, radius, numbers, block
+):
+    """Images on two kinds of grid, in blocks of any size."""
+    rng = np.random.default_rng(seed)
+    images = [scene(rng, number, largest, whole) for number in numbers]
+    kinds = [int(rng.integers(2)) for _ in images]
+    cells = [(torch.tensor([[-size, -size, size, size]]) / 2).round() for size in sizes]
+    strides = [[(s, s + kind) for s in (stride, 2 * stride, 40, 64)] for kind in (0, 1)]
+    grids = [[(n, n + kind) for n in (5, 3, 2, 1)] for kind in (1, 0)]
+    expected = []
+    for boxes, kind in zip(images, kinds, strict=True):
+        levels = zip(cells, strides[kind], grids[kind], strict=False)
+        owners = oracle.fcos_owners([place(*level) for level in levels], boxes, radius)
+        expected += [index in owners for index in range(len(boxes))]
+    index = torch.arange(len(images)).repeat_interleave(torch.tensor(numbers, dtype=torch.int64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BLOCK", 1 + block % 20)
+        found = owned_boxes(
+            torch.cat([*images, torch.zeros(0, 4)]),
+            index,
+            torch.tensor(kinds, dtype=torch.int64)[index],
+            cells,
+            torch.tensor(strides, dtype=torch.float64)[:, : len(cells)],
+            torch.tensor(grids)[:, : len(cells)],
+            radius,
+        )
+    assert found.tolist() == expected
 
 
 def test_a_box_on_the_border_of_two_ranges_is_the_coarser_levels():
