@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -81,7 +82,13 @@ def adapt_detector(
     The result is a plain torchvision detector. All its weights stay the same objects, since the
     number of anchors per cell does not change, and the maps of its levels stay bitwise the same.
     FCOS has regression ranges in place of anchors, and these follow the sizes; its
-    `center_sampling_radius` is divided by the scale, so that the radius in pixels stays.
+    `center_sampling_radius` is divided by the scale, so that the radius in pixels stays, up to the
+    rounding of sizes.
+
+    A trained head gives its boxes in units of the anchors. Anchors half as large therefore make the
+    same weights of a RetinaNet, RPN or FCOS predict boxes half as large, half as far from the
+    centres of the anchors, until they are trained again. FCOS keeps its boxes if you divide the
+    weight and the bias of its last convolution, `head.regression_head.bbox_reg`, by the scale.
 
     A checkpoint holds neither anchors nor input size: a script that loads one has to repeat the
     call on a new detector first. Adapt once, before `patch_detector`, and before you make the
@@ -118,40 +125,57 @@ def adapt_detector(
     refuse_wrappers(model, "adapt before wrapping or scripting")
     detector = find_detector(model)
     anchor_generator(detector)
+    scale: Any = fit
     if isinstance(fit, AnchorFit):
-        if finer_level or input_scale != 1 or max_objects is not None:
+        if finer_level is not False or input_scale != 1 or max_objects is not None:
             raise TypeError(
-                "fit: a row of a comparison holds finer_level, input_scale and max_objects: "
-                "expected no such argument next to it"
+                "fit: expected a row alone, as it holds the other arguments, found it with "
+                f"finer_level={_shown(finer_level)}, input_scale={_shown(input_scale)}, "
+                f"max_objects={_shown(max_objects)}"
             )
         _check_start(detector, fit)
         scale, finer_level, input_scale = fit.anchor_scale, fit.finer_level, fit.input_scale
         max_objects = fit.max_objects
-    else:
-        scale = _positive(fit, "fit", "an AnchorFit or a number")
+    scale = _positive(scale, "fit", "a row such as comparison.best, or a number")
     input_scale = _positive(input_scale, "input_scale", "a number")
     if not isinstance(finer_level, bool):
-        raise TypeError(f"finer_level: expected a bool, found {finer_level!r}")
+        raise TypeError(f"finer_level: expected a bool, found {_shown(finer_level)}")
     if max_objects is not None:
         if isinstance(max_objects, bool) or not isinstance(max_objects, Integral):
-            raise TypeError(f"max_objects: expected a whole number, found {max_objects!r}")
+            raise TypeError(f"max_objects: expected a whole number, found {_shown(max_objects)}")
         if max_objects < 1:
             raise ValueError(f"max_objects: expected at least 1, found {max_objects}")
     check_heads(detector)
     # Whatever can fail fails on a copy without weights.
     copied = skeleton(detector)
+    _check_maps(copied, "anchor generator")
     change(copied, scale, finer_level, input_scale)
-    maps = run_backbone(copied.backbone, (1, input_channels(copied.backbone), _SIDE, _SIDE))
-    num_cells = len(anchor_generator(copied).cell_anchors)
-    if len(maps) != num_cells:
-        raise ValueError(
-            f"anchor generator: expected anchors for {len(maps)} feature maps {list(maps)}, found "
-            f"them for {num_cells}"
-        )
+    if finer_level:
+        _check_maps(copied, "finer_level")  # a backbone may choose the maps that it returns
+    if max_objects is not None:
+        _raise_caps(copied, int(max_objects))
     change(detector, scale, finer_level, input_scale)
     if max_objects is not None:
         _raise_caps(detector, int(max_objects))
     return model
+
+
+def _check_maps(detector: Any, name: str) -> None:
+    """Raises ValueError if a skeleton has not as many feature maps as levels of anchors."""
+    backbone = detector.backbone
+    num_levels = len(anchor_generator(detector).cell_anchors)
+    try:
+        maps = run_backbone(backbone, (1, input_channels(backbone), _SIDE, _SIDE))
+    except Exception as error:  # of the user's code
+        raise ValueError(
+            f"{name}: expected a backbone that makes feature maps for {num_levels} levels of "
+            f"anchors, found {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+    if len(maps) != num_levels:
+        raise ValueError(
+            f"{name}: expected feature maps for {num_levels} levels of anchors, found {len(maps)} "
+            f"({', '.join(map(str, maps))})"
+        )
 
 
 def change(detector: Any, scale: float, finer_level: bool, input_scale: float) -> None:
@@ -180,8 +204,8 @@ def change(detector: Any, scale: float, finer_level: bool, input_scale: float) -
         if isinstance(pool, MultiScaleRoIAlign):
             pool.scales = pool.map_levels = None  # kept from its first call
             if level is not None:
-                names = [level.names.get(name, name) for name in pool.featmap_names]
-                pool.featmap_names = [level.name, *names]
+                names = [level.names.get(str(name), name) for name in pool.featmap_names]
+                pool.featmap_names = list(dict.fromkeys([level.name, *names]))
 
 
 def scaled_anchors(
@@ -193,33 +217,39 @@ def scaled_anchors(
     sizes are scaled about their centres.
 
     Raises:
-        ValueError: If an anchor has no area; the message names the level.
+        ValueError: If an anchor would have no area, or no bounds; the message names the level.
     """
     old = list(generator.cell_anchors)
     sizes = [tuple(float(size) * scale for size in level) for level in generator.sizes]
     ratios = [tuple(level) for level in generator.aspect_ratios]
-    if anchor_sizes(generator):
-        made = zip(sizes, ratios, old, strict=True)
-        cells = [_made(generator, s, r, like) for s, r, like in made]
-        if finer_level:
-            sizes.insert(0, tuple(size / 2 for size in sizes[0]))
-            ratios.insert(0, ratios[0])
-            cells.insert(0, _made(generator, sizes[0], ratios[0], old[0]))
+    made = bool(anchor_sizes(generator))
+    if made:
+        parts = zip(sizes, ratios, old, strict=True)
+        cells = [_made(generator, s, r, like) for s, r, like in parts]
+    elif scale == 1:
+        cells = old  # bitwise
     else:
-        centres = [(cell[:, :2] + cell[:, 2:]).repeat(1, 2) / 2 for cell in old]
-        cells = [c + (cell - c) * scale for c, cell in zip(centres, old, strict=True)]
-        if finer_level:
-            # Half of the centre too: the grid is twice as fine.
-            cells.insert(0, cells[0] / 2)
-            sizes.insert(0, tuple(size / 2 for size in sizes[0]))
-            ratios.insert(0, ratios[0])
-    for i, cell in enumerate(cells):
-        if not (cell[:, 2:] > cell[:, :2]).all():
-            raise ValueError(
-                f"fit: expected a scale that leaves each anchor an area, found {scale:g}, which "
-                f"leaves {cell.tolist()} on level {i}"
-            )
+        cells = [_about_centre(cell, scale) for cell in old]
+    if finer_level:
+        sizes.insert(0, tuple(size / 2 for size in sizes[0]))
+        ratios.insert(0, ratios[0])
+        # Half of the centre too where it is not 0: the grid is twice as fine.
+        new = _made(generator, sizes[0], ratios[0], old[0]) if made else cells[0] / 2
+        cells = [new, *cells]
+    for level, cell in enumerate(cells):
+        for width, height in (cell[:, 2:] - cell[:, :2]).tolist():
+            if not 0 < min(width, height) <= max(width, height) < math.inf:
+                raise ValueError(
+                    f"fit: expected a scale that leaves each anchor an area, found {scale:g}: an "
+                    f"anchor on level {level} would have {width:g} x {height:g} pixels"
+                )
     return tuple(sizes), tuple(ratios), cells
+
+
+def _about_centre(cell: Tensor, scale: float) -> Tensor:
+    exact = cell.to(torch.promote_types(cell.dtype, torch.float32))
+    centre = (exact[:, :2] + exact[:, 2:]).repeat(1, 2) / 2
+    return (centre + (exact - centre) * scale).to(cell)
 
 
 def anchor_sizes(generator: AnchorGenerator) -> tuple[tuple[float, ...], ...]:
@@ -237,7 +267,8 @@ def anchor_sizes(generator: AnchorGenerator) -> tuple[tuple[float, ...], ...]:
 def _made(generator: AnchorGenerator, sizes: Any, ratios: Any, like: Tensor) -> Tensor:
     # On the CPU, as the generator makes them first; a model on meta has its anchors there too.
     with torch.device("cpu"):
-        return generator.generate_anchors(sizes, ratios).to(like)
+        made: Tensor = generator.generate_anchors(sizes, ratios).to(like)
+        return made
 
 
 def start_of(detector: Any) -> tuple[Cells, tuple[Any, ...]]:
@@ -266,21 +297,22 @@ def check_heads(detector: Any) -> None:
 
 
 def _check_start(detector: Any, fit: AnchorFit) -> None:
-    for name, expected, found in zip(
-        ("anchors", "input sizes"),
-        (fit.own_anchors, fit.own_input),
-        start_of(detector),
-        strict=True,
-    ):
+    anchors, input_sizes = start_of(detector)
+    cells = itertools.zip_longest(
+        itertools.chain.from_iterable(fit.own_anchors), itertools.chain.from_iterable(anchors)
+    )
+    pairs = ("input sizes", fit.own_input, input_sizes), *(("anchor", *pair) for pair in cells)
+    for what, expected, found in pairs:
         if expected != found:
             raise ValueError(
-                f"fit: expected the {name} that the row starts from, found others: is the "
-                f"detector already adapted? Expected {_short(expected)}, found {_short(found)}"
+                f"fit: expected the {what} {expected} that the row starts from, found {found}: is "
+                "the detector already adapted?"
             )
 
 
-def _short(value: Any) -> str:
-    text = str(value)
+def _shown(value: Any) -> str:
+    """Describes a value on one line."""
+    text = " ".join(repr(value).split())
     return text if len(text) <= 100 else f"{text[:100]} ..."
 
 
@@ -317,10 +349,15 @@ def _raise_caps(detector: Any, max_objects: int) -> None:
 
 def _positive(value: Any, name: str, expected: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected {expected}, found {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number above 0, found {value}")
-    return float(value)
+        raise TypeError(f"{name}: expected {expected}, found {type(value).__name__}")
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}: expected a finite number above 0, found {number:g}")
+    return number
+
+
+def _class(part: Any) -> str:
+    return "none" if part is None else type(part).__name__
 
 
 class _FinerLevel:
@@ -337,24 +374,24 @@ class _FinerLevel:
     def __init__(self, detector: Any) -> None:
         backbone = detector.backbone
         backbone = backbone._modules.get("_orig_mod", backbone)
-        body, fpn = getattr(backbone, "body", None), getattr(backbone, "fpn", None)
+        body: Any = getattr(backbone, "body", None)
+        fpn: Any = getattr(backbone, "fpn", None)
         if not is_stock(body, IntermediateLayerGetter, "forward"):
             raise ValueError(
                 "finer_level: expected a backbone whose body is torchvision's "
-                f"IntermediateLayerGetter, found {type(body).__name__}"
+                f"IntermediateLayerGetter, found {_class(body)}"
             )
         if type(fpn) is not FeaturePyramidNetwork:
-            raise ValueError(
-                f"finer_level: expected a FeaturePyramidNetwork, found {type(fpn).__name__}"
-            )
-        self.body: Any = body
-        self.fpn: Any = fpn
+            raise ValueError(f"finer_level: expected a FeaturePyramidNetwork, found {_class(fpn)}")
+        self.body, self.fpn = body, fpn
         self.stage, channels = _finer_stage(body, input_channels(backbone))
         old = list(map(str, body.return_layers.values()))
         if old == [str(i) for i in range(len(old))]:
             self.name, self.names = "0", {name: str(i + 1) for i, name in enumerate(old)}
         else:
-            self.name, self.names = self.stage, {name: name for name in old}
+            taken = self.stage in old
+            self.name = f"finer {self.stage}" if taken else self.stage
+            self.names = {name: name for name in old}
         self.inner = _like(fpn.inner_blocks[0], channels)
         self.layer = _like(fpn.layer_blocks[0])
 
@@ -395,25 +432,31 @@ def _finer_stage(body: Any, num_channels: int) -> tuple[str, int]:
     return finer[-1], stages[finer[-1]][1]
 
 
-def _like(block: nn.Module, in_channels: int | None = None) -> nn.Module:
+def _like(block: Any, in_channels: int | None = None) -> Any:
     """Makes a block of a pyramid in the form of another one, initialised as torchvision does."""
     convolution = block[0] if isinstance(block, nn.Sequential) else None
     if type(convolution) is not nn.Conv2d:
+        found = type(block).__name__ if convolution is None else f"a {_class(convolution)} there"
         raise ValueError(
-            "finer_level: expected blocks of the pyramid that begin with a Conv2d, found "
-            f"{type(block).__name__} with {type(convolution).__name__}"
+            "finer_level: expected blocks of the pyramid that are a Sequential with a Conv2d "
+            f"first, found {found}"
         )
     # Parameters made under inference mode could not be trained.
     with torch.inference_mode(False), torch.no_grad():
-        new = copy.deepcopy(block)
+        # Without hooks: they are the user's code, and a copy would take along what they refer to.
+        hooks: dict[int, Any] = {
+            id(value): type(value)()
+            for part in block.modules()
+            for name, value in vars(part).items()
+            if name.endswith("_hooks") and isinstance(value, dict)
+        }
+        new: Any = copy.deepcopy(block, hooks)
         for part in new.modules():
-            for name, value in vars(part).items():
-                if name.endswith("_hooks") and isinstance(value, dict):
-                    value.clear()  # the user's code, made for the other block
             if isinstance(part, FrozenBatchNorm2d):
-                for buffer, start in (("weight", 1), ("bias", 0), ("running_mean", 0)):
-                    getattr(part, buffer).fill_(start)
-                part.running_var.fill_(1)
+                for buffer in (part.bias, part.running_mean):
+                    buffer.zero_()
+                for buffer in (part.weight, part.running_var):
+                    buffer.fill_(1)
             elif hasattr(part, "reset_parameters"):
                 part.reset_parameters()
         made = new[0]

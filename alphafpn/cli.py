@@ -22,8 +22,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from alphafpn import __version__
 from alphafpn.comparison import compare_probe
 from alphafpn.display import new_axes
+from alphafpn.estimate.annotations import read_annotations
 from alphafpn.estimate.probe import DetectorProbe
-from alphafpn.estimate.read import read_annotations
 from alphafpn.estimate.report import warnings
 
 if TYPE_CHECKING:

@@ -17,15 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from alphafpn.adapt import AnchorFit, anchor_sizes, change, check_heads, scaled_anchors, start_of
 from alphafpn.display import new_axes, table
 from alphafpn.estimate.anchor_layout import AnchorLayout, largest
+from alphafpn.estimate.annotations import Annotations, read_annotations
 from alphafpn.estimate.checks import check_clamp
-from alphafpn.estimate.columns import Annotations
 from alphafpn.estimate.distinct import check_distinct
 from alphafpn.estimate.fcos import owned_boxes
 from alphafpn.estimate.for_detector import InputBoxes, estimate_probe, input_boxes
 from alphafpn.estimate.grids import as_tuples
 from alphafpn.estimate.matcher import GridMatcher
 from alphafpn.estimate.probe import DetectorProbe, run_backbone, skeleton
-from alphafpn.estimate.read import read_annotations
 from alphafpn.estimate.report import factor_origin, factors
 
 if TYPE_CHECKING:
@@ -254,8 +253,8 @@ def compare_probe(
     """Compares as `compare_anchors` does, for annotations that have been read."""
     rows, masks = [], []
     start = start_of(probe.detector)
-    median = annotations.sizes[
-        np.argsort(annotations.sizes.prod(1))[(len(annotations.sizes) - 1) // 2]
+    median = annotations.image_sizes[
+        np.argsort(annotations.image_sizes.prod(1))[(len(annotations.image_sizes) - 1) // 2]
     ]
     operations: dict[tuple[bool, int], int] = {}
     step = max(1, len(annotations.boxes) // _MORE_BOXES)
@@ -273,7 +272,7 @@ def compare_probe(
                 input_scale=enlarged,
                 anchor_sizes=anchor_sizes(variant.generator),
                 reached=float(reached.mean()) if variant.is_fcos else estimate.recall(MATCH),
-                max_objects=int(annotations.counts.max()),
+                max_objects=int(annotations.boxes_per_image.max()),
                 cost=operations[key] / operations[False, 1],
                 estimate=estimate,
                 different_anchors=tuple(
@@ -367,7 +366,15 @@ def _best_scale(
         near = {_rounded(scale * 2 ** (k / spread)) for scale in leaders for k in range(-4, 5)}
         near = {scale for scale in near if SMALLEST_SCALE <= scale <= LARGEST_SCALE} | {1.0}
         leaders = sorted(near, key=lambda scale: value(scale, more), reverse=True)[:2]
-    return leaders[0]
+    scale = leaders[0]
+    while scale != 1:
+        # The share is flat between two roundings of an anchor: go to the end that is nearer to 1.
+        unit = 10.0 ** (math.floor(math.log10(scale)) - 2)
+        closer = _rounded(scale + math.copysign(unit, 1 - scale))
+        if value(closer, more) < value(scale, more):
+            break
+        scale = closer
+    return scale
 
 
 def _rounded(scale: float) -> float:

@@ -1,20 +1,24 @@
-"""Eq. 3, measured: through which pyramid levels the backbone features get their gradients."""
+"""Eq. 3, measured: which pyramid levels the gradients of the backbone features come through."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import FeaturePyramidNetwork
 
 from alphafpn.display import new_axes, table
+from alphafpn.estimate.probe import find_detector
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,10 +29,10 @@ class GradientShares:
     """How much of the gradient at each backbone feature C_i comes through each output map P_j.
 
     Attributes:
-        norms: L2 norms of these gradients, float64 [K, L] on the CPU; K backbone features by L
-            output maps, extra levels included, finest first. 0 where no path leads from C_i to P_j.
-        feature_names: C2, C3, ... where strides are powers of two, else "C" and the map's name.
-        level_names: The same for P.
+        norms: L2 norms of these gradients, float64 [K, L] on the CPU: K backbone features by L
+            output maps, extra levels included, finest first. 0 if no path leads from C_i to P_j.
+        feature_names: C2, C3, ... if the strides are powers of two, else "C" and the map's name.
+        level_names: P2, P3, ... likewise.
     """
 
     norms: Tensor
@@ -37,7 +41,7 @@ class GradientShares:
 
     @property
     def shares(self) -> Tensor:
-        """Returns norms over their sum along a row, [K, L]; nan where no gradient arrives."""
+        """Returns the norms divided by the sum of their row, [K, L]; nan if that sum is 0."""
         return self.norms / self.norms.sum(1, keepdim=True)
 
     def __str__(self) -> str:
@@ -73,27 +77,31 @@ def gradient_shares(
 ) -> GradientShares:
     """Measures Eq. 3 on one batch, and changes nothing in the model.
 
-    One forward pass in training mode gives the losses, one backward pass the gradient of their sum
-    at each P_j, and one vector-Jacobian product for each P_j what of it arrives at each C_i.
+    One forward pass in training mode gives the losses. One backward pass gives the gradient of
+    their sum at each P_j. Then one vector-Jacobian product per P_j gives the part of that gradient
+    that reaches each C_i.
 
-    Parameters and their gradients, buffers, modes, hooks and random states are afterwards what they
-    were, so that a second call gives the same. Weights need not require gradients. A model in
-    training mode is measured with the modes of its parts as they are, one in evaluation mode as
-    after `model.train()`. Under `DistributedDataParallel` the module inside is measured, on this
-    process's images alone; compiled code is left aside and the original run.
+    Parameters and their gradients, buffers, modes, hooks and random states are the same afterwards
+    as before, so a second call gives the same result. Weights need not require gradients. A
+    detector in training mode keeps the modes of its parts; one in evaluation mode is measured as
+    after `train()`. Of a model under `DistributedDataParallel`, the module inside is measured, on
+    this process's images only. Compiled code is not used; the original code runs.
 
     Args:
-        model: A patched or stock torchvision detector with one feature pyramid.
+        model: A patched or stock torchvision detector with one feature pyramid, or a module that
+            holds exactly one, such as a LightningModule. A model of another kind is run itself.
         images: Image tensors [3, H, W] on the model's device.
-        targets: For each image what the detector trains on; images without boxes are allowed.
+        targets: For each image what the detector trains on: `boxes` [N, 4] as `xyxy` in pixels,
+            `labels` [N], and `masks` or `keypoints` if it predicts them. N may be 0.
 
     Returns:
-        Shares and norms; it prints as a table.
+        Norms and shares; they print as a table.
 
     Raises:
-        TypeError: If `model` holds no pyramid or several, is scripted or sharded by FSDP, or
-            returns no losses.
-        ValueError: If images and targets do not fit, or a loss or gradient is not finite.
+        TypeError: If `model` has no pyramid or several, is scripted or sharded by FSDP, or returns
+            no losses.
+        ValueError: If images and targets do not fit, or if weights have no values, or if a loss or
+            a gradient is not finite.
 
     Examples:
         >>> from alphafpn.tiny import tiny_retinanet
@@ -104,24 +112,27 @@ def gradient_shares(
         >>> shares.level_names, tuple(shares.norms.shape)
         (('P2', 'P3', 'P4', 'P5', 'P6'), (4, 5))
     """
-    model = _unwrapped(model)
-    path, fpn = _only_pyramid(model)
+    detector = _detector(model)
+    path, fpn = _only_pyramid(detector)
+    if any(weight.is_meta for weight in detector.parameters()):
+        raise ValueError("model: expected weights with values, found some on the meta device")
     if len(images) != len(targets) or len(images) == 0:
         raise ValueError(
             f"images, targets: expected equally many and at least one, found {len(images)} images "
             f"and {len(targets)} targets"
         )
-    recorder = _Recorder(fpn, model.get_submodule(path.rpartition(".")[0]))
-    # Detached, the weights cost no gradients; cloned, the buffers take what training writes.
-    state = {name: weight.detach() for name, weight in model.named_parameters()}
-    state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with _unchanged(model), torch.enable_grad():
-        if not model.training:
-            model.train()
+    _check_targets(detector, targets)
+    recorder = _Recorder(fpn, detector.get_submodule(path.rpartition(".")[0]))
+    with _unchanged(detector), torch.inference_mode(False), torch.enable_grad():
+        # Detached weights cost no gradients; cloned buffers take what training writes.
+        state = {name: weight.detach() for name, weight in detector.named_parameters()}
+        state |= {name: buffer.clone() for name, buffer in detector.named_buffers()}
+        if not detector.training:
+            detector.train()
         with recorder:
             try:
-                losses = torch.func.functional_call(model, state, (images, targets))
-            except AssertionError as error:  # how torchvision says that a target is malformed
+                losses = torch.func.functional_call(detector, state, (images, targets))
+            except AssertionError as error:  # torchvision's checks of targets
                 raise ValueError(f"images, targets: {error}") from error
         gradients = torch.autograd.grad(_total(losses), recorder.cut, allow_unused=True)
         norms = _norms(recorder.features, recorder.levels, gradients)
@@ -134,9 +145,9 @@ class _Recorder:
     """Hooks that cut the graph before and after the pyramid, and keep the maps at the cuts.
 
     Attributes:
-        features: The C_i that the pyramid got; leaves.
-        levels: The P_j that it made of them.
-        cut: What the rest of the detector got instead of `levels`; leaves.
+        features: The C_i that the pyramid was given, as leaves of a new graph.
+        levels: The P_j that it computed from them.
+        cut: Copies of `levels` that the rest of the detector was given, leaves as well.
     """
 
     def __init__(self, fpn: nn.Module, owner: nn.Module) -> None:
@@ -174,7 +185,7 @@ class _Recorder:
         return type(output)(leaves)
 
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names C_i and P_j, by their strides where these are powers of two."""
+        """Names C_i and P_j by their strides, if these are powers of two."""
         first = self._first_power()
         return tuple(  # type: ignore[return-value]
             tuple(
@@ -199,7 +210,7 @@ class _Recorder:
 def _norms(
     features: list[Tensor], levels: list[Tensor], gradients: Sequence[Tensor | None]
 ) -> Tensor:
-    """Pulls the gradient at each P_j back to each C_i: norms [K, L]."""
+    """Pulls the gradient at each P_j back to each C_i, and returns the norms [K, L]."""
     columns = []
     for level, gradient in zip(levels, gradients, strict=True):
         pulled: Sequence[Tensor | None] = [None] * len(features)
@@ -207,10 +218,17 @@ def _norms(
             pulled = torch.autograd.grad(
                 level, features, gradient, retain_graph=True, allow_unused=True
             )
-        columns.append(
-            [0.0 if g is None else float(torch.linalg.vector_norm(g.double())) for g in pulled]
-        )
+        columns.append([0.0 if g is None else _norm(g) for g in pulled])
     return torch.tensor(columns, dtype=torch.float64).T
+
+
+def _norm(gradient: Tensor) -> float:
+    """Computes the L2 norm of a map [N, C, H, W] without float64 on its device."""
+    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    # Divided by the largest magnitude, small gradients have squares that float32 can hold.
+    largest = wide.abs().amax().clamp(min=torch.finfo(wide.dtype).tiny)
+    channels = torch.linalg.vector_norm(wide / largest, dim=(2, 3)).cpu().double()
+    return float(largest) * float(torch.linalg.vector_norm(channels))
 
 
 def _total(losses: Any) -> Tensor:
@@ -226,11 +244,11 @@ def _total(losses: Any) -> Tensor:
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Puts back random states and all attributes: modes, and what detectors remember of sizes."""
+    """Puts back random states and all attributes: modes, and sizes that detectors remember."""
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     devices = {tensor.device for tensor in model.parameters()} - {torch.device("cpu")}
     kind = next((device.type for device in devices), "cuda")
-    # Where nothing was compiled, asking to leave compiled code aside would load the compiler.
+    # If nothing was compiled, setting the stance would only load the compiler.
     compiled = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     with torch.random.fork_rng(devices=list(devices), device_type=kind), eager:
@@ -242,12 +260,10 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                 vars(module).update(values)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _detector(model: nn.Module) -> nn.Module:
+    """Returns the module to run: the only detector in `model`, or `model` without its wrappers."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        inner = "module" if isinstance(model, DistributedDataParallel) else "_orig_mod"
-        model = model.get_submodule(inner)
     for module in model.modules():
         for cls in type(module).__mro__:
             if cls.__name__ in ("ScriptModule", "FullyShardedDataParallel", "FSDPModule"):
@@ -255,7 +271,63 @@ def _unwrapped(model: nn.Module) -> nn.Module:
                     f"model: found a {cls.__name__} ({type(module).__name__}); measure before "
                     "sharding or scripting"
                 )
-    return model
+    try:
+        detector: nn.Module = find_detector(model)
+    except TypeError:
+        detector = model
+    while isinstance(detector, DistributedDataParallel) or hasattr(detector, "_orig_mod"):
+        inner = "module" if isinstance(detector, DistributedDataParallel) else "_orig_mod"
+        detector = detector.get_submodule(inner)
+    return detector
+
+
+def _check_targets(detector: Any, targets: Sequence[Mapping[str, Tensor]]) -> None:
+    """Names what torchvision's detectors would fail on without naming the target."""
+    if not isinstance(detector, RetinaNet | FCOS | GeneralizedRCNN):
+        return
+    heads = getattr(detector, "roi_heads", None)
+    dimensions = {"boxes": 2, "labels": 1}
+    if isinstance(heads, RoIHeads):
+        dimensions |= {"masks": 3} if heads.has_mask() else {}
+        dimensions |= {"keypoints": 3} if heads.has_keypoint() else {}
+    integers = (torch.int64,) if heads is not None else (torch.int64, torch.int32)
+    num_classes = _num_classes(detector)
+    for i, target in enumerate(targets):
+        given: Any = target if isinstance(target, Mapping) else {}
+        boxes, labels = given.get("boxes"), given.get("labels")
+        fits = all(
+            isinstance(given.get(key), Tensor)
+            and given[key].ndim == dimension
+            and len(given[key]) == len(boxes)
+            for key, dimension in dimensions.items()
+        )
+        if not fits or boxes.shape[1] != 4:
+            found = [f"{key} {_shape(given[key])}" for key in dimensions if key in given]
+            raise ValueError(
+                f"targets[{i}]: expected tensors {', '.join(dimensions)} of equal length, boxes "
+                f"[N, 4], found {', '.join(found) or type(target).__name__}"
+            )
+        if labels.dtype not in integers:
+            raise ValueError(f"targets[{i}]: expected labels in int64, found {labels.dtype}")
+        wrong = labels[(labels < 0) | (labels >= num_classes)].tolist()
+        if wrong:
+            raise ValueError(
+                f"targets[{i}]: expected labels of at least 0 and below {num_classes}, found "
+                f"{wrong[0]}"
+            )
+
+
+def _num_classes(detector: Any) -> float:
+    try:
+        if hasattr(detector, "roi_heads"):
+            return int(detector.roi_heads.box_predictor.cls_score.out_features)
+        return int(detector.head.classification_head.num_classes)
+    except AttributeError:  # a head of the user's own
+        return math.inf
+
+
+def _shape(entry: object) -> str:
+    return str(list(entry.shape)) if isinstance(entry, Tensor) else type(entry).__name__
 
 
 def _only_pyramid(model: nn.Module) -> tuple[str, nn.Module]:

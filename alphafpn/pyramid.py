@@ -5,10 +5,11 @@ A pyramid that fuses K levels has K-1 edges; edge i leads from level i+1 to leve
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsFloat, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -26,7 +27,7 @@ class LearnableAlpha:
         shared: Whether all edges of a pyramid use one parameter.
 
     Raises:
-        TypeError: If `init` is not made of numbers.
+        TypeError: If `init` is not made of numbers, or `shared` is not a bool.
         ValueError: If `shared=True` and the values of `init` differ.
 
     Examples:
@@ -40,6 +41,8 @@ class LearnableAlpha:
 
     def __post_init__(self) -> None:
         values = _numbers(self.init, "LearnableAlpha.init")
+        if not isinstance(self.shared, bool):
+            raise TypeError(f"LearnableAlpha.shared: expected a bool, found {self.shared!r}")
         if self.shared and isinstance(values, list) and len(set(values)) > 1:
             raise ValueError(
                 f"LearnableAlpha.init: shared=True expects equal values, found {values}"
@@ -73,25 +76,53 @@ class AttentionAlpha:
 
     def __post_init__(self) -> None:
         _numbers(self.init, "AttentionAlpha.init")
-        if not isinstance(self.reduction, int) or self.reduction < 1:
+        try:
+            reduction = 0 if isinstance(self.reduction, bool) else operator.index(self.reduction)
+        except TypeError:
+            reduction = 0
+        if reduction < 1:
             raise ValueError(
                 f"AttentionAlpha.reduction: expected a positive integer, found {self.reduction!r}"
             )
+        object.__setattr__(self, "reduction", reduction)
 
 
 Alpha: TypeAlias = float | Sequence[float] | LearnableAlpha | AttentionAlpha
 
 
-class AttentionGate(nn.Module):
-    """Computes the factor of one edge from the coarse map that it scales (see `AttentionAlpha`)."""
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero, also where `reset_parameters` initialises it later."""
 
-    def __init__(self, channels: int, reduction: int, init: Tensor) -> None:
+    def reset_parameters(self) -> None:
+        """Draws what `nn.Linear` draws, and sets weight and bias to zero."""
+        super().reset_parameters()
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
+class AttentionGate(nn.Module):
+    """Computes the factor of one edge from the coarse map that it scales (see `AttentionAlpha`).
+
+    `configured` is the value of the buffer `init`; it outlives the meta device.
+    """
+
+    def __init__(self, channels: int, reduction: int, init: float) -> None:
         super().__init__()
         self.squeeze = nn.Linear(channels, max(channels // reduction, 1))
-        self.excite = nn.Linear(self.squeeze.out_features, 1)
-        nn.init.zeros_(self.excite.weight)
-        nn.init.zeros_(self.excite.bias)
-        self.register_buffer("init", init)
+        self.excite = ZeroLinear(self.squeeze.out_features, 1)
+        self.configured = init
+        self.register_buffer("init", torch.tensor(init, dtype=torch.float64))
+
+    def reset_parameters(self) -> None:
+        """Sets `init` to its value; the layers have a `reset_parameters` of their own."""
+        _fill(self.init, self.configured)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttentionGate:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if _leaves_empty(fn):
+            for module in self.modules() if recurse else [self]:
+                module.reset_parameters()  # type: ignore[operator]
+        return self
 
     def forward(self, coarse: Tensor) -> Tensor:
         """Computes one factor per image: [N, C, H, W] -> [N, 1, 1, 1]."""
@@ -143,7 +174,7 @@ class AlphaFeaturePyramidNetwork(FeaturePyramidNetwork):  # type: ignore[misc]
         alpha: Alpha,
     ) -> None:
         super().__init__(in_channels_list, out_channels, extra_blocks, norm_layer)
-        install_factors(self, make_factors(self, alpha))
+        install_factors(self, *make_factors(self, alpha))
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """Computes the output maps from feature maps [N, C_i, H_i, W_i], both finest first."""
@@ -151,28 +182,42 @@ class AlphaFeaturePyramidNetwork(FeaturePyramidNetwork):  # type: ignore[misc]
         features = list(x.values())
         last_inner = self.get_result_from_inner_blocks(features[-1], -1)
         results = [self.get_result_from_layer_blocks(last_inner, -1)]
+        alphas = self._fixed_alphas()
         for idx in range(len(features) - 2, -1, -1):
             lateral = self.get_result_from_inner_blocks(features[idx], idx)
-            # Scaling before nearest-neighbour upsampling gives the same for a quarter of the work.
-            top_down = self._scaled(last_inner, idx)
-            top_down = F.interpolate(top_down, size=lateral.shape[2:], mode="nearest")
-            last_inner = lateral + top_down  # Eq. 1
+            alpha = self._alpha(last_inner, idx, alphas)
+            size = lateral.shape[2:]
+            # Eq. 1. Without a graph, one kernel scales and adds. With one, scaling before the
+            # nearest-neighbour upsampling costs a quarter, forward and backward, and the graph
+            # saves no map that stock's does not save.
+            if torch.is_grad_enabled():
+                last_inner = lateral + F.interpolate(last_inner * alpha, size=size, mode="nearest")
+            else:
+                upsampled = F.interpolate(last_inner, size=size, mode="nearest")
+                # Autocast may promote what addcmul is given: a float32 factor would widen the maps.
+                last_inner = torch.addcmul(lateral, upsampled, alpha.to(upsampled.dtype))
             results.insert(0, self.get_result_from_layer_blocks(last_inner, idx))
         if self.extra_blocks is not None:
             results, names = self.extra_blocks(results, features, names)
         return OrderedDict([(name, result) for name, result in zip(names, results)])  # noqa: B905
 
-    def _scaled(self, coarse: Tensor, edge: int) -> Tensor:
+    def _fixed_alphas(self) -> list[Tensor]:
+        """Returns a view of shape [] per edge, or nothing if the gates compute the factors."""
+        alphas: list[Tensor] = []
+        if not hasattr(self, "gates"):
+            # Shape [] leaves bfloat16 maps bfloat16; a Python number would cost a host sync.
+            alphas = self.alpha.expand(len(self.inner_blocks) - 1).unbind()
+        return alphas
+
+    def _alpha(self, coarse: Tensor, edge: int, alphas: list[Tensor]) -> Tensor:
         # TorchScript resolves `hasattr` as it compiles, and reaches single modules only by a loop.
         if hasattr(self, "gates"):
-            factor = coarse
+            alpha = coarse
             for i, gate in enumerate(self.gates):
                 if i == edge:
-                    factor = gate(coarse)
-        else:
-            # A view of shape []: no host sync, and a float32 factor leaves bfloat16 maps bfloat16.
-            factor = self.alpha.expand(len(self.inner_blocks) - 1)[edge]
-        return coarse * factor
+                    alpha = gate(coarse)
+            return alpha
+        return alphas[edge]
 
     def extra_repr(self) -> str:
         """Shows the factors in `print(model)`."""
@@ -186,12 +231,39 @@ class AlphaFeaturePyramidNetwork(FeaturePyramidNetwork):  # type: ignore[misc]
         values = [f"{v:.4g}" for t in tensors for v in t.flatten().tolist()] if readable else ["?"]
         return f"alpha=[{', '.join(values)}]{kind}"
 
+    def reset_parameters(self) -> None:
+        """Sets fixed and learnable factors to the values that they were configured with."""
+        if not hasattr(self, "gates"):
+            _fill(self.alpha, self.configured)
+
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> AlphaFeaturePyramidNetwork:
+        empty = _leaves_empty(fn)
+        if not empty:
+            # Accelerate fills weights one by one, and finds no factors in a stock checkpoint.
+            self._leave_meta(next(self.inner_blocks.parameters(), None))
+        super()._apply(fn, recurse)
+        if empty:
+            self.reset_parameters()
+        return self
+
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, *rest: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if f"{prefix}alpha" in missing:
             missing.remove(f"{prefix}alpha")
+            if metadata.get("assign_to_params_buffers"):
+                own = (tensor for name, tensor in state_dict.items() if name.startswith(prefix))
+                self._leave_meta(next(own, None))
+
+    def _leave_meta(self, weight: Tensor | None) -> None:
+        """Makes fixed and learnable factors real, if `weight` is and they are not."""
+        alpha = _factors(self)
+        without_values = isinstance(alpha, Tensor) and alpha.is_meta
+        if without_values and weight is not None and not weight.is_meta:
+            self.to_empty(device=weight.device, recurse=False)
 
 
 def alpha_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -221,11 +293,16 @@ def edge_name(edge: int) -> str:
 
 def make_factors(
     fpn: FeaturePyramidNetwork, alpha: Alpha, where: str = "alpha"
-) -> Tensor | nn.ModuleList:
-    """Makes the tensor, parameter or gates that `alpha` describes, and leaves `fpn` as it is.
+) -> tuple[Tensor | nn.ModuleList, tuple[float, ...]]:
+    """Makes the factors that `alpha` describes, and leaves `fpn` as it is.
 
-    They take dtype and device of the weights of `fpn`; `where` is what errors call `alpha`. Raises
-    what `AlphaFeaturePyramidNetwork` raises.
+    Args:
+        fpn: The pyramid; the factors take dtype and device of its weights.
+        alpha: As in `AlphaFeaturePyramidNetwork`, which raises the same errors.
+        where: What errors call `alpha`.
+
+    Returns:
+        A tensor, a parameter or gates; and the values that `reset_parameters` gives the first two.
     """
     weight = next(fpn.inner_blocks.parameters(), torch.tensor([]))
     edges = max(len(fpn.inner_blocks), 1) - 1
@@ -243,47 +320,55 @@ def make_factors(
                 f"{where}: expected a number that is finite in {weight.dtype} for "
                 f"{edge_name(edge)}, found {value}"
             )
-    factors = torch.tensor(values, dtype=weight.dtype, device=weight.device)
-    if isinstance(alpha, LearnableAlpha):
-        # Without edges the parameter is empty and unused, and DDP would wait for its gradient.
-        return nn.Parameter(
-            factors[:1].clone() if alpha.shared else factors, requires_grad=edges > 0
-        )
-    if isinstance(alpha, AttentionAlpha):
-        # On the CPU and under a fork, so that the user's random state stays as it is.
-        with torch.random.fork_rng(devices=()), torch.device("cpu"):
-            gates = nn.ModuleList(
-                AttentionGate(weight.shape[0], alpha.reduction, factor.clone())
-                for factor in factors
-            )
-        return gates.to(weight.device, weight.dtype).train(fpn.training)
-    return factors
+    # Tensors made in inference mode could not be trained later.
+    with torch.inference_mode(False):
+        if isinstance(alpha, AttentionAlpha):
+            # On the CPU and under a fork, so that the user's random state stays as it is.
+            with torch.random.fork_rng(devices=()), torch.device("cpu"):
+                gates = nn.ModuleList(
+                    AttentionGate(weight.shape[0], alpha.reduction, value) for value in values
+                )
+            return gates.to(weight.device, weight.dtype).train(fpn.training), ()
+        if isinstance(alpha, LearnableAlpha) and alpha.shared:
+            values = values[:1]
+        factors = torch.tensor(values, dtype=weight.dtype, device=weight.device)
+        if isinstance(alpha, LearnableAlpha):
+            # Without edges the parameter is empty and unused, and DDP would wait for its gradient.
+            factors = nn.Parameter(factors, requires_grad=edges > 0)
+        return factors, tuple(values)
 
 
-def install_factors(fpn: FeaturePyramidNetwork, factors: Tensor | nn.ModuleList) -> None:
+def install_factors(
+    fpn: FeaturePyramidNetwork, factors: Tensor | nn.ModuleList, configured: tuple[float, ...]
+) -> None:
     """Gives `fpn`, in place, what `make_factors` made; tensors of the same form stay, refilled."""
     current = _factors(fpn)
-    if current is not None:
-        pairs = list(zip(_tensors(current), _tensors(factors), strict=False))
-        if type(current) is type(factors) and all(old.shape == new.shape for old, new in pairs):
-            with torch.no_grad():
-                for old, new in pairs:
-                    old.copy_(new)
-            return
-        remove_factors(fpn)
-    if isinstance(factors, nn.ModuleList):
-        fpn.gates = factors
-    elif isinstance(factors, nn.Parameter):
-        fpn.alpha = factors
+    pairs = [] if current is None else list(zip(_tensors(current), _tensors(factors), strict=False))
+    if type(current) is type(factors) and all(_refillable(old, new) for old, new in pairs):
+        with torch.inference_mode(False), torch.no_grad():
+            for old, new in pairs:
+                old.copy_(new)
+        if isinstance(factors, nn.ModuleList):
+            for gate, new_gate in zip(current, factors, strict=True):
+                gate.configured = new_gate.configured
     else:
-        fpn.register_buffer("alpha", factors)
-    if not isinstance(fpn, AlphaFeaturePyramidNetwork):
-        fpn.__class__ = AlphaFeaturePyramidNetwork
+        if current is not None:
+            remove_factors(fpn)
+        if isinstance(factors, nn.ModuleList):
+            fpn.gates = factors
+        elif isinstance(factors, nn.Parameter):
+            fpn.alpha = factors
+        else:
+            fpn.register_buffer("alpha", factors)
+        if not isinstance(fpn, AlphaFeaturePyramidNetwork):
+            fpn.__class__ = AlphaFeaturePyramidNetwork
+    fpn.configured = configured
 
 
 def remove_factors(fpn: AlphaFeaturePyramidNetwork) -> None:
     """Makes a patched pyramid a stock one, in place, with the weights that it has."""
-    delattr(fpn, "gates" if hasattr(fpn, "gates") else "alpha")
+    for name in ("gates" if hasattr(fpn, "gates") else "alpha", "configured"):
+        delattr(fpn, name)
     fpn.__class__ = FeaturePyramidNetwork
 
 
@@ -299,14 +384,50 @@ def _tensors(factors: Tensor | nn.ModuleList) -> list[Tensor]:
     return [*factors.parameters(), *factors.buffers()]
 
 
-def _numbers(alpha: object, where: str) -> float | list[float]:
+def _refillable(old: Tensor, new: Tensor) -> bool:
+    # A copy made in inference mode cannot be written to outside of it.
+    return old.shape == new.shape and not old.is_inference()
+
+
+def _fill(tensor: Any, values: float | tuple[float, ...]) -> None:
+    full: Any = torch.tensor(values, dtype=tensor.dtype, device=tensor.device)
+    if hasattr(tensor, "device_mesh"):  # a parameter that FSDP has sharded
+        full = type(tensor).from_local(full, tensor.device_mesh, run_check=False)
+        full = full.redistribute(placements=tensor.placements)
+    with torch.no_grad():
+        tensor.copy_(full)
+
+
+def _leaves_empty(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Tells whether `fn`, given to `Module._apply`, makes tensors without values as `to_empty`."""
+    try:
+        return not fn(torch.empty(0, device="meta")).is_meta
+    except Exception:
+        # It asked for values, and so keeps them.
+        return False
+
+
+def _numbers(alpha: Any, where: str) -> float | list[float]:
     """Reads one number, or a sequence, array or tensor of them."""
-    numbers = alpha.tolist() if hasattr(alpha, "tolist") else alpha
-    if isinstance(numbers, SupportsFloat):
-        return float(numbers)
-    if not isinstance(numbers, Sequence) or not all(isinstance(n, SupportsFloat) for n in numbers):
-        raise TypeError(
-            f"{where}: expected a number, a sequence of numbers, a LearnableAlpha or an "
-            f"AttentionAlpha, found {type(alpha).__name__}: {alpha!r}"
-        )
-    return [float(number) for number in numbers]
+    try:
+        numbers = alpha.tolist() if hasattr(alpha, "tolist") else alpha
+    except NotImplementedError:  # a meta tensor
+        numbers = None
+    several = isinstance(numbers, Sequence) and not isinstance(numbers, str | bytes)
+    values = []
+    for number in numbers if several else [numbers]:
+        try:
+            values.append(_number(number))
+        except (TypeError, RuntimeError):
+            raise TypeError(
+                f"{where}: expected a number, a sequence of numbers, a LearnableAlpha or an "
+                f"AttentionAlpha, found {type(alpha).__name__}: {alpha!r}"
+            ) from None
+    return values if several else values[0]
+
+
+def _number(number: Any) -> float:
+    value = number.item() if hasattr(number, "item") else number
+    if isinstance(value, bool | str | bytes):
+        raise TypeError
+    return float(value)

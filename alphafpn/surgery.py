@@ -67,10 +67,10 @@ def patch_detector(model: M, alpha: Alpha) -> M:
         tensor([0.5000, 0.2500])
     """
     planned = [
-        (fpn, make_factors(fpn, alpha, f"alpha of {path}")) for path, fpn in _pyramids(model)
+        (fpn, *make_factors(fpn, alpha, f"alpha of {path}")) for path, fpn in _pyramids(model)
     ]
-    for fpn, factors in planned:
-        install_factors(fpn, factors)
+    for fpn, factors, configured in planned:
+        install_factors(fpn, factors, configured)
     return model
 
 

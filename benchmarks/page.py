@@ -1,369 +1,360 @@
-"""Renders ``docs/benchmarks.md`` and its pictures from the results file."""
+"""Renders docs/benchmarks.md from the results file: `python -m benchmarks.page`."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.targets import TARGETS, Entry, newest
-from benchmarks.workload import BOXES
+import numpy as np
 
-HEAD = """---
+from benchmarks.markdown import fold, table, write
+
+Entry = dict[str, Any]
+
+HERE = Path(__file__).parent
+KEPT = HERE / "results.json"
+RESULTS = Path(os.environ.get("ALPHAFPN_RESULTS", KEPT))  # where a run puts its records
+
+HEAD = """\
+---
 hide: [toc]
 ---
 
 # Benchmarks
 
-What the library should keep to, and whether it does: the newest record of each case, made from
-`benchmarks/results.json`. Ratios of times and of memory are those of pairs, with the interval of
-their median. *Undecided*: the bound lies inside the interval; *upper end*: that of the interval has
-to keep it. A target of several cases is met if all of them keep the bound; its figure is the one
-that misses by most.
+What the library costs, from the newest record of each case in `benchmarks/results.json`.
 """
-METHOD = """Times are medians. Where a ratio has an interval, both sides were timed in turns; it is
-the distribution-free 95 % interval of the median over pairs (with fewer than six, their whole
-range). Large cases have six to eight pairs only. The kernel and what it is compared with were
-timed one after the other; programs that read a file and the command line in processes of their
-own. What is empty was not measured: no GPU was at hand since its cases came in, and a folded
-pyramid is for inference. Other work on the machine widens the intervals: `stock` in the table of
-the pyramid shows by how much.
+TARGETS_HEAD = """\
+## Targets
 
-The CPU's cores are virtual ones and share their host: one and the same call of the kernel was
-seen to take 23 ms for some seconds, and 57 ms for the next ones. Earlier runs of the same cases
-stay in the results file.
-
-In a clone,
+A ratio compares two things that were timed in turns; its interval is that of the median. *Upper
+end*: the upper end of the interval has to keep the bound. *Undecided*: the bound lies inside the
+interval. A target with several cases is met if all of them keep it, and shows the case that misses
+by most.
+"""
+METHOD = """\
+Times are medians. Intervals are distribution-free 95 % intervals of the median ratio over pairs
+(their whole range with fewer than six pairs). The CPU's cores are virtual and share their host, so
+single times vary by a factor of two from minute to minute. Other work on the machine widens the
+intervals: `stock` shows by how much. Earlier records stay in the results file.
 
 ```bash
 python -m pip install -e ".[bench]"
 python -m benchmarks
 ```
 
-measures all of it again, in about 13 minutes on two CPU cores, adds the records to that file,
-and renders this page. `-k` chooses cases, as in pytest; with `ALPHAFPN_RESULTS=file.json` the
-records go there and the page stays.
+measures all of it again, adds the records to the file and renders this page. `-k` chooses cases, as
+in pytest. With `ALPHAFPN_RESULTS=file.json` the records go there and this page stays as it is.
 """
 
-HERE = Path(__file__).parent
-KEPT = HERE / "results.json"
-# Where a run puts its records.
-RESULTS = Path(os.environ.get("ALPHAFPN_RESULTS", KEPT))
+
+@dataclass(frozen=True)
+class Target:
+    """A bound on one figure of the records whose names begin with `prefix`.
+
+    Attributes:
+        what: What is bounded.
+        prefix: Of the records' names.
+        bound: For each of these records.
+        field: Of the records.
+        least: Whether the figure has to be at least the bound; otherwise at most.
+        inverse: Whether the figure is one over the field.
+        upper: Whether the upper end of the interval has to keep the bound; otherwise the median.
+        on: `CPU` or `GPU` if the target holds there only.
+        form: How the figure and the bound are shown.
+    """
+
+    what: str
+    prefix: str
+    bound: float
+    field: str = "ratio"
+    least: bool = False
+    inverse: bool = False
+    upper: bool = False
+    on: str = ""
+    form: str = "{:.2f}"
+
+    def rows(self, entries: Sequence[Entry]) -> list[tuple[str, ...]]:
+        """A row of the table for each device: what, measured, target, verdict, device."""
+        limit = f"at {'least' if self.least else 'most'} {self.form.format(self.bound)}"
+        limit += " (upper end)" * self.upper
+        cases: dict[str, list[Entry]] = defaultdict(list)
+        for entry in newest(entries):
+            if entry["name"].startswith(self.prefix) and self.field in entry:
+                cases[entry["device"]].append(entry)
+        return [
+            (self.what, *self._judged(found, limit), short(device))
+            for device, found in sorted(cases.items())
+            if self.on in ("", "CPU" if device.startswith("CPU") else "GPU")
+        ]
+
+    def _judged(self, cases: Sequence[Entry], limit: str) -> tuple[str, str, str]:
+        figures = [self._figure(case) for case in cases]
+        sign = -1 if self.least else 1
+        misses = [sign * (high if self.upper else value) for value, _, high in figures]
+        # A case whose whole interval is on the wrong side is a clearer miss than a wide one.
+        clear = [
+            sign * (high if self.least else low) > sign * self.bound for _, low, high in figures
+        ]
+        value, low, high = max(zip(clear, misses, figures, strict=True))[2]
+        kept = sum(miss <= sign * self.bound for miss in misses)
+        measured = self.form.format(value)
+        if low < high:
+            measured += f" ({self.form.format(low)} - {self.form.format(high)})"
+        verdict = "met" if kept == len(cases) else "not met"
+        verdict += " (undecided)" * (low < self.bound < high)
+        return measured, limit, verdict + f", {kept} of {len(cases)} cases" * (len(cases) > 1)
+
+    def _figure(self, entry: Entry) -> tuple[float, float, float]:
+        """The figure and its interval; only ratios of pairs have one."""
+        fields = (self.field, "low", "high") if self.field == "ratio" else (self.field,) * 3
+        value, low, high = (float(entry[field]) for field in fields)
+        return (1 / value, 1 / high, 1 / low) if self.inverse else (value, low, high)
+
+
+# fmt: off
+TARGETS = (
+    Target("Counting, 3 shapes: times faster than brute force", "kernel/3 shapes", 10_000,
+           field="times_faster", least=True, on="CPU", form="{:,.0f}"),
+    Target("300 padded shapes of images, over one", "shapes/", 1.5),
+    Target("Plain tensors, over a layout", "plain tensors/", 1.2, on="CPU"),
+    Target("Irregular anchors: times faster than the matrix", "irregular/", 3,
+           least=True, inverse=True),
+    Target("30,000,000 boxes: memory beyond the inputs", "memory/30,000,000 boxes", 500,
+           field="extra_mib", form="{:.0f} MiB"),
+    Target("File to factors: times faster than pycocotools' loading", "file/pycocotools", 3.5,
+           field="ours_over_this", least=True, inverse=True, form="{:.1f}"),
+    Target("File to factors: peak memory, over the file's size", "file/estimate_alpha_for", 4,
+           field="peak_over_file", form="{:.1f}"),
+    Target("`alphafpn estimate` with its comparison, over the factors alone",
+           "file/alphafpn estimate", 3, field="ours_over_this", inverse=True, form="{:.1f}"),
+    Target("Command line on one box, over importing torchvision", "command line/", 1.1),
+    Target("Pyramid alone, fixed factors, over stock", "pyramid/fixed/", 1.01,
+           upper=True, form="{:.3f}"),
+    Target("Pyramid alone, learnable factors, over stock", "pyramid/learnable/", 1.03,
+           upper=True, form="{:.3f}"),
+    Target("Train step, fixed factors, over stock", "train step/fixed", 1.01,
+           upper=True, form="{:.3f}"),
+    Target("Train step, fixed factors: tensors saved, over stock", "train step/fixed", 1,
+           field="saved_for_backward_ratio", form="{:.4f}"),
+    Target("Train step, fixed factors: peak memory, over stock", "train step/fixed", 1,
+           field="peak_memory_ratio", form="{:.4f}"),
+)
+# fmt: on
 
 
 def render() -> None:
-    """Writes the page and the pictures from the records that are kept."""
-    entries = json.loads(KEPT.read_text())
-    docs = HERE.parent / "docs"
-    _plot_scaling(newest(entries), docs / "images" / "benchmark-scaling.png")
-    (docs / "benchmarks.md").write_text(page(entries))
+    """Writes the page from the records that are kept."""
+    write(HERE.parent / "docs" / "benchmarks.md", page(json.loads(KEPT.read_text())))
 
 
-def page(entries: list[Entry]) -> str:
-    """The page in Markdown: the targets, and all else folded."""
+def page(entries: Sequence[Entry]) -> str:
+    """The page in Markdown."""
     last = newest(entries)
-    folded = {
-        "Levels of 860,000 boxes": _kernel,
-        "From file to factors": _file,
-        "The pyramid": _pyramid,
-        "How it grows": _scaling,
-        "How it was measured, and how to do it again": _method,
+    rows = [row for target in TARGETS for row in target.rows(last)]
+    missing = [target.what for target in TARGETS if not target.rows(last)]
+    notes = {
+        f"{e['name'].split('/')[0]} ({short(e['device'])}): {e['note']}"
+        for e in last
+        if "note" in e
     }
-    return "\n".join([HEAD, _targets(last), *(_fold(k, f(last)) for k, f in folded.items())])
-
-
-def _targets(entries: list[Entry]) -> str:
-    rows, reasons, missing, notes = [], [], [], []
-    for target in TARGETS:
-        outcomes = target.outcomes(entries)
-        for device, entry, measured, verdict in outcomes:
-            if entry is None:
-                missing.append(f"{target.what} ({_name(device)})")
-                continue
-            mark = r"\*" if "note" in entry else ""
-            if mark:
-                notes.append(rf"\* {target.what} ({_name(device)}): {entry['note']}." + "\n")
-            rows.append((target.what, measured, target.limit, verdict, _name(device) + mark))
-        if target.why and any(outcome.verdict.startswith("not met") for outcome in outcomes):
-            reasons.append(f"- **{target.what}**: {target.why}\n")
-    devices = sorted({e["device"] for e in entries})
-    named = "; ".join(f"{_name(device)} is {device.removeprefix('CPU, ')}" for device in devices)
-    parts = [
-        _table(("what", "measured", "target", "verdict", "device"), rows),
-        *notes,
-        *([f"{named}.\n"] if named else []),
-        *([f"Not measured: {'; '.join(missing)}.\n"] if missing else []),
-        *([_fold("Why some are missed", "".join(reasons))] if reasons else []),
-    ]
-    return "\n".join(parts)
-
-
-def _method(entries: list[Entry]) -> str:
-    rows = {(e["device"], e["date"], e["python"], e["torch"], e["torchvision"]) for e in entries}
-    table = _table(("device", "date", "Python", "torch", "torchvision"), sorted(rows))
-    return f"{table}\n{METHOD}"
-
-
-def _fold(title: str, text: str) -> str:
-    return f'<details markdown="1">\n<summary>{title}</summary>\n\n{text}\n</details>\n'
-
-
-def _kernel(entries: list[Entry]) -> str:
-    return "\n".join(
-        [
-            "800 x 1088 pixels, P2-P6: 217,413 anchors with 3 shapes a position, 652,239 with 9. "
-            "The baseline is `torchvision.ops.box_iou(...).max(1)` on a sample, per box; in the "
-            "same run every clear box of the sample gets the level that brute force gives.",
-            "",
-            _records(
-                entries,
-                "kernel/",
-                ("anchors", "device", "all boxes", "boxes", "brute force per box", "times faster"),
-                lambda e: (
-                    f"{e['candidate_median_s'] * 1e3:.1f} ms",
-                    f"{e['boxes'] / e['candidate_median_s'] / 1e6:.0f} M/s",
-                    f"{e['baseline_s'] / e['boxes'] * 1e3:.3g} ms",
-                    f"{e['times_faster']:,.0f}",
+    runs = {(e["device"], e["date"], e["python"], e["torch"], e["torchvision"]) for e in last}
+    return (
+        "\n\n".join(
+            part.strip("\n")
+            for part in (
+                HEAD,
+                *meanings(entries),
+                TARGETS_HEAD,
+                table(("what", "measured", "target", "verdict", "device"), rows),
+                f"Older code: {'; '.join(sorted(notes))}." if notes else "",
+                f"Not measured: {'; '.join(missing)}." if missing else "",
+                "## All figures",
+                *(fold(title, text, show(last)) for title, text, show in SECTIONS),
+                fold(
+                    "How it was measured, and how to do it again",
+                    table(("device", "date", "Python", "torch", "torchvision"), sorted(runs)),
+                    METHOD,
                 ),
-            ),
-            "What keeps plain torch from the speed of a compiled loop: each of some 230 operations "
-            "per block reads and writes its operands through the cache, and is shared out among "
-            "threads on its own. Two ways to do with less were tried, side by side with it, and "
-            "left out:",
-            "",
-            "- To sort boxes by the levels that their size leaves open (1.04 of 5 on average), and "
-            "compare them with these only. Results are the same to the bit. In blocks whose memory "
-            "is used again it took 26 ms instead of 31, and 35 instead of 52 with 9 shapes; to "
-            "sort, gather and scatter takes most of what is saved, and the table of sizes 6 to 9 "
-            "ms more, once for each set of anchors.",
-            "- To give whole blocks to Python threads, with torch on one thread in each: 19 ms "
-            "instead of 31. Torch takes its number of threads for the whole process, and a "
-            "library should not change it behind the back of its user.",
-            "",
-            "Others, with 3 shapes:",
-            "",
-            _records(
-                entries,
-                "baseline/",
-                ("baseline", "device", "per box", "kernel beside it", "times faster"),
-                lambda e: (
-                    f"{e['baseline_s'] / BOXES * 1e3:.3g} ms",
-                    f"{e['candidate_median_s'] * 1e3:.1f} ms",
-                    f"{e['times_faster']:,.0f}",
-                ),
-            ),
-            "The public `estimate_alpha` on a list of 122,858 small tensors, one per image; and "
-            "its inner part alone, which matches one tensor of all boxes and adds up the counts "
-            "per image, the IoU histogram and the sizes:",
-            "",
-            _records(
-                entries,
-                "estimate_alpha/",
-                ("anchors", "device", "list of tensors", "inner part"),
-                lambda e: (
-                    f"{e['candidate_median_s'] * 1e3:.0f} ms",
-                    f"{e['without_the_list_s'] * 1e3:.0f} ms",
-                ),
-            ),
-        ]
-    )
-
-
-def _scaling(entries: list[Entry]) -> str:
-    recognised = "".join(
-        f"Recognising the grid in {e['anchors']:,} plain anchors takes "
-        f"{e['recognise_s'] * 1e3:.1f} ms ({_short(e)}).\n"
-        for e in _of(entries, "plain tensors/")
-    )
-    ratios = [
-        (e["name"], _where(e), f"{e['ratio']:.2f} ({e['low']:.2f} - {e['high']:.2f})")
-        for prefix in ("shapes/", "plain tensors/", "irregular/")
-        for e in _of(entries, prefix)
-    ]
-    return "\n".join(
-        [
-            "![Time against boxes and anchors](images/benchmark-scaling.png)",
-            "",
-            "Time of 300 padded shapes over one; of plain tensors over a layout; of irregular "
-            "anchors over the whole matrix:",
-            "",
-            _table(("case", "device", "ratio"), ratios),
-            recognised,
-            "Peak memory beyond the inputs:",
-            "",
-            _records(
-                entries,
-                "memory/",
-                ("case", "device", "memory"),
-                lambda e: (f"{e['extra_mib']:.0f} MiB",),
-            ),
-        ]
-    )
-
-
-def _file(entries: list[Entry]) -> str:
-    sizes = sorted({f"{e['file_mib']:.0f} MiB" for e in _of(entries, "file/")})
-    return "\n".join(
-        [
-            f"{', '.join(['118,287 images', '860,001 annotations with polygons', *sizes])}; times "
-            "without imports, memory beyond what the imports take. Typed decoding is part of what "
-            "estimate_alpha_for does: a ratio below 1 between them is noise.",
-            "",
-            _records(
-                entries,
-                "file/",
-                (
-                    "what",
-                    "device",
-                    "rounds",
-                    "time",
-                    "estimate_alpha_for / this",
-                    "peak memory / file",
-                ),
-                lambda e: (
-                    e.get("rounds", ""),
-                    f"{e['median_s']:.1f} s",
-                    f"{e['ours_over_this']:.2f}",
-                    f"{e['peak_over_file']:.1f}",
-                ),
-            ),
-            "A whole process on a file with one box, over one that imports torchvision and ends:",
-            "",
-            _records(
-                entries,
-                "command line/",
-                ("command", "device", "ratio", "seconds"),
-                lambda e: (_ratio(e), f"{e['candidate_median_s']:.1f}"),
-            ),
-            "Shards counted by several processes and reduced:",
-            "",
-            _records(
-                entries,
-                "shards/",
-                ("processes", "device", "equal to one process"),
-                lambda e: (e["equal_to_the_last_count"],),
-            ),
-        ]
-    )
-
-
-def _pyramid(entries: list[Entry]) -> str:
-    cases: dict[tuple[str, ...], dict[str, Entry]] = defaultdict(dict)
-    for e in _of(entries, "pyramid/"):
-        kind, *case = e["name"].removeprefix("pyramid/").split("/")
-        cases[(*case, _where(e))][kind] = e
-    rows = [
-        (
-            *case,
-            *(_ratio(kinds.get(kind)) for kind in ("stock", "fixed", "learnable", "folded")),
-            *(_added(kinds.get(kind)) for kind in ("fixed", "learnable")),
+            )
+            if part
         )
-        for case, kinds in cases.items()
-    ]
-    return "\n".join(
-        [
-            "Times over those of the stock pyramid, in the same rounds. `stock` is a second stock "
-            "pyramid: what the machine itself adds. The last columns are the operations that the "
-            "factors add, timed on their own, over the time of the whole stock pyramid.",
-            "",
-            _table(
-                (
-                    *("detector", "size", "mode", "format", "device"),
-                    *("stock", "fixed", "learnable", "folded"),
-                    *("added by fixed", "added by learnable"),
-                ),
-                rows,
-            ),
-            "A whole train step of Faster R-CNN (ResNet-50), with one image of 256 px on a CPU and "
-            "two of 640 px on a GPU:",
-            "",
-            _records(
-                entries,
-                "train step/",
-                ("kind", "device", "over stock", "saved tensors", "peak GPU memory"),
-                lambda e: (
-                    _ratio(e),
-                    f"{e['saved_for_backward_ratio']:.4f}",
-                    f"{e['peak_memory_ratio']:.4f}" if "peak_memory_ratio" in e else "not measured",
-                ),
-            ),
-            "A detector in inference:",
-            "",
-            _records(
-                entries, "inference/", ("kind", "device", "over stock"), lambda e: (_ratio(e),)
-            ),
-        ]
+        + "\n"
     )
 
 
-def _of(entries: list[Entry], prefix: str) -> list[Entry]:
-    return [e for e in entries if e["name"].startswith(prefix)]
+def newest(entries: Iterable[Entry]) -> list[Entry]:
+    """The last record of each case on each device, in the order of the names."""
+    last = {(e["name"], e["device"]): e for e in sorted(entries, key=lambda e: e["date"])}
+    return [last[key] for key in sorted(last)]
 
 
-def _ratio(entry: Entry | None) -> str:
-    """Ratio and interval; nothing without a record."""
-    return f"{entry['ratio']:.3f} ({entry['low']:.3f} - {entry['high']:.3f})" if entry else ""
-
-
-def _added(entry: Entry | None) -> str:
-    return f"{entry['added_over_stock']:.2%}" if entry and "added_over_stock" in entry else ""
-
-
-def _name(device: str) -> str:
-    """The device in a word: ``CPU``, ``H100``."""
+def short(device: str) -> str:
+    """The device in a word: `CPU`, `H100`."""
     return device.split(",")[0].removeprefix("NVIDIA ").split()[0]
 
 
-def _short(entry: Entry) -> str:
-    return f"{_name(entry['device'])} {entry['date']}"
+def meanings(entries: Sequence[Entry]) -> list[str]:
+    """What the figures mean for a user, as far as they were measured on a CPU."""
+    found = {e["name"]: e for e in newest(entries) if short(e["device"]) == "CPU"}
+    kernel, file = found.get("kernel/3 shapes"), found.get("file/estimate_alpha_for")
+    loading, memory = found.get("file/pycocotools"), found.get("memory/30,000,000 boxes")
+    lines = []
+    if kernel:
+        lines.append(
+            f"**Counting is never what you wait for.** All {kernel['boxes']:,} boxes of COCO take "
+            f"{1e3 * kernel['candidate_median_s']:.0f} ms on two CPU cores. The matrix of their "
+            f"overlaps with all anchors would take {kernel['baseline_s'] / 60:.0f} minutes."
+        )
+    if file and loading:
+        lines.append(
+            f"**From a file of COCO's size ({file['file_mib']:.0f} MiB) to factors** takes "
+            f"{file['median_s']:.1f} s. Loading it with pycocotools takes "
+            f"{loading['median_s']:.0f} s. Memory peaks at {file['peak_over_file']:.1f} times the "
+            "file's size."
+        )
+    if memory:
+        lines.append(
+            f"**Memory does not grow with the anchors**: {memory['boxes']:,} boxes take "
+            f"{memory['extra_mib']:.0f} MiB beyond the boxes themselves."
+        )
+    added = [
+        e["added_over_stock"] for e in entries if "/fixed/" in e["name"] and "added_over_stock" in e
+    ]
+    if added:
+        lines.append(
+            f"**Fixed factors on a CPU** add {min(added):.1%} to {max(added):.1%} to the "
+            "time of the pyramid alone (their multiplications timed by themselves). In a whole "
+            "train step that is lost in the noise."
+        )
+    gpu = [
+        e for e in newest(entries) if short(e["device"]) != "CPU" and "pyramid/fixed" in e["name"]
+    ]
+    if gpu:
+        ratios = [100 * (e["ratio"] - 1) for e in gpu]
+        lines.append(
+            f"**Fixed factors on a GPU** ({short(gpu[0]['device'])}, batch of 1) add "
+            f"{min(ratios):.0f} to {max(ratios):.0f} % to the time of the pyramid alone, where "
+            "starting an operation costs more than running it. Larger batches add less. A folded "
+            "detector is stock and costs nothing."
+        )
+    return ["\n".join(f"- {line}" for line in lines)] if lines else []
 
 
-def _where(entry: Entry) -> str:
-    """Device and date, with the note that the record may have."""
-    return f"{_short(entry)} ({entry['note']})" if "note" in entry else _short(entry)
+def _cases(
+    prefixes: Sequence[str], columns: dict[str, Callable[[Entry], str]]
+) -> Callable[[list[Entry]], str]:
+    """A table of the records whose names begin with one of the prefixes."""
+
+    def show(entries: list[Entry]) -> str:
+        rows = [
+            (
+                e["name"],
+                f"{short(e['device'])} {e['date']}",
+                *(_cell(f, e) for f in columns.values()),
+            )
+            for prefix in prefixes
+            for e in entries
+            if e["name"].startswith(prefix)
+        ]
+        return table(("case", "device", *columns), rows) if rows else "Not measured."
+
+    return show
 
 
-def _records(
-    entries: list[Entry],
-    prefix: str,
-    header: tuple[str, ...],
-    cells: Callable[[Entry], tuple[object, ...]],
-) -> str:
-    """The records whose names begin with `prefix`: rest of the name, device, and `cells`."""
-    rows = [(e["name"].removeprefix(prefix), _where(e), *cells(e)) for e in _of(entries, prefix)]
-    return _table(header, rows)
+def _cell(show: Callable[[Entry], str], entry: Entry) -> str:
+    try:
+        return show(entry)
+    except KeyError:  # older records lack some fields
+        return ""
 
 
-def _table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    if not lines:
-        return "Not measured.\n"
-    return "\n".join(["| " + " | ".join(header) + " |", "|" + " --- |" * len(header), *lines, ""])
+def _ratio(entry: Entry) -> str:
+    return f"{entry['ratio']:.3f} ({entry['low']:.3f} - {entry['high']:.3f})"
 
 
-def _plot_scaling(entries: list[Entry], path: Path) -> None:
-    import matplotlib
+def _pyramids(entries: list[Entry]) -> str:
+    """The range of the ratios over detectors, image sizes and memory formats."""
+    ratios: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for entry in entries:
+        if entry["name"].startswith("pyramid/") and "folded" not in entry["name"]:
+            _, kind, _, _, mode, _ = entry["name"].split("/")
+            ratios[short(entry["device"]), mode][kind].append(entry["ratio"])
+    kinds = ("stock", "fixed", "learnable")
+    rows = [
+        (device, mode, *(_range(found[kind]) for kind in kinds))
+        for (device, mode), found in sorted(ratios.items())
+    ]
+    header = ("device", "mode", *kinds)
+    return table(header, rows) if rows else "Not measured."
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axes, draw, quantity in ((left, left.loglog, "boxes"), (right, right.semilogx, "anchors")):
-        curves = defaultdict(list)
-        for e in _of(entries, f"{quantity}/"):
-            curves[_short(e)].append((e[quantity], e["median_s"]))
-        for name, points in sorted(curves.items()):
-            draw(*zip(*sorted(points), strict=True), "o-", label=name)
-        axes.set(xlabel=quantity, ylabel="seconds")
-        axes.legend(fontsize=8)
-    left.set_title("217,413 anchors")
-    right.set_title("860,000 boxes")
-    right.set_ylim(0, 1.1 * right.get_ylim()[1])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def _range(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return f"{np.median(values):.3f} ({min(values):.3f} to {max(values):.3f}, {len(values)} cases)"
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[list[Entry]], str]], ...] = (
+    (
+        "Counting",
+        "800 x 1088 pixels, P2-P6: 217,413 anchors with 3 shapes, 652,239 with 9. *kernel*: "
+        "860,000 boxes in one tensor, over `box_iou(...).max(1)` on a sample; the counts of the "
+        "sample agree. *estimate_alpha*: a list with a tensor of seven boxes for each image.",
+        _cases(
+            ("kernel/", "estimate_alpha/", "memory/30"),
+            {
+                "time": lambda e: f"{1e3 * e['candidate_median_s']:.0f} ms",
+                "times faster": lambda e: f"{e['times_faster']:,.0f}",
+                "memory": lambda e: f"{e['extra_mib']:.0f} MiB",
+            },
+        ),
+    ),
+    (
+        "Other anchors",
+        "Time over: one shape for all images; a layout; the matrix of `box_iou`.",
+        _cases(("shapes/", "plain tensors/", "irregular/"), {"ratio": _ratio}),
+    ),
+    (
+        "Files and the command line",
+        "118,287 images and 860,001 annotations with polygons. Times without imports, memory "
+        "beyond the imports. *command line*: a process on a file with one box, over one that "
+        "imports torchvision.",
+        _cases(
+            ("file/", "command line/"),
+            {
+                "time": lambda e: f"{e.get('median_s') or e['candidate_median_s']:.1f} s",
+                "estimate_alpha_for over this": lambda e: f"{e['ours_over_this']:.2f}",
+                "peak memory over file": lambda e: f"{e['peak_over_file']:.1f}",
+                "ratio": _ratio,
+            },
+        ),
+    ),
+    (
+        "The pyramid alone",
+        "Batch of 1, over the stock pyramid in the same rounds: median, smallest and largest ratio "
+        "over two detectors, two image sizes and two memory formats. *stock* is a second stock "
+        "pyramid.",
+        _pyramids,
+    ),
+    (
+        "A train step",
+        "Faster R-CNN with ResNet-50; one image of 256 px on a CPU, two of 640 px on a GPU.",
+        _cases(
+            ("train step/",),
+            {
+                "over stock": _ratio,
+                "saved tensors": lambda e: f"{e['saved_for_backward_ratio']:.4f}",
+                "peak memory": lambda e: f"{e['peak_memory_ratio']:.4f}",
+            },
+        ),
+    ),
+)
 
 
 if __name__ == "__main__":

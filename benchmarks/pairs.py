@@ -1,4 +1,4 @@
-"""Times functions in turns, so that whatever else the machine does falls on all of them."""
+"""Times functions in turns, so that other work on the machine falls on all of them."""
 
 from __future__ import annotations
 
@@ -69,6 +69,16 @@ def synchronize(device: str) -> None:
     """Waits for the device."""
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def repeat(function: Callable[[], object], device: str, seconds: float = 2.0) -> list[float]:
+    """Times of one function, after three calls that do not count."""
+    for _ in range(3):
+        timed(function, device)
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < seconds:
+        times.append(timed(function, device))
+    return times
 
 
 def in_turns(

@@ -14,9 +14,9 @@ import torch
 matplotlib.use("agg")
 from matplotlib import pyplot
 from matplotlib.patches import Rectangle
+from torchvision.ops import box_iou
 
 from alphafpn import AnchorLayout, estimate_alpha
-from alphafpn.estimate.matcher import GridMatcher
 
 DOCS = Path(__file__).parents[1] / "docs"
 IMAGES = DOCS / "images"
@@ -30,11 +30,10 @@ def algorithm1(path: Path) -> None:
     boxes = torch.tensor(
         [[8.0, 8.0, 20.0, 22.0], [36.0, 10.0, 50.0, 24.0], [18.0, 33.0, 46.0, 61.0]]
     )
-    levels, ious = GridMatcher([layout._levels], boxes.dtype, boxes.device).match(boxes)
     estimate = estimate_alpha(layout, boxes)
     figure, axes = pyplot.subplots(figsize=(6.4, 5.2), layout="constrained")
-    for i, (anchors, colour) in enumerate(zip(layout.anchors(), COLOURS, strict=True)):
-        centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    for i, (part, colour) in enumerate(zip(layout.anchors(), COLOURS, strict=True)):
+        centres = (part[:, :2] + part[:, 2:]) / 2
         axes.plot(
             *centres.t().tolist(),
             "o" if i else ".",
@@ -43,12 +42,11 @@ def algorithm1(path: Path) -> None:
             fillstyle="none" if i else "full",
             label=f"anchor centres, {'32' if i else '16'} px: N = {estimate.counts[i]}",
         )
-    for box, level, iou in zip(boxes, levels.tolist(), ious.tolist(), strict=True):
-        anchors = layout.anchors()[level]
-        overlap = (
-            torch.minimum(box[2:], anchors[:, 2:]) - torch.maximum(box[:2], anchors[:, :2])
-        ).clamp(min=0)
-        best = anchors[overlap.prod(1).argmax()]
+    anchors = torch.cat(layout.anchors())
+    level_of = [level for level, part in enumerate(layout.anchors()) for _ in part]
+    ious, places = box_iou(boxes, anchors).max(1)
+    for box, place, iou in zip(boxes, places.tolist(), ious.tolist(), strict=True):
+        level, best = level_of[place], anchors[place]
         for (x1, y1, x2, y2), style in ((box.tolist(), "-"), (best.tolist(), "--")):
             colour = "black" if style == "-" else COLOURS[level]
             axes.add_patch(

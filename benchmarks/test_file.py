@@ -17,8 +17,8 @@ import pytest
 from benchmarks.coco_like import ANNOTATIONS, IMAGES, write
 from benchmarks.pairs import interleave
 
-# The others take many times as long as the two that are close to each other.
-ROUNDS = {"estimate_alpha_for": 3, "typed msgspec decode": 3}
+# The others take many times as long.
+ROUNDS = {"estimate_alpha_for": 3, "alphafpn estimate": 3}
 
 # Each prints the seconds of its work, without imports, and the peak memory of the process in MiB.
 FRAME = """
@@ -32,11 +32,6 @@ start = time.perf_counter()
 print(time.perf_counter() - start, peak(), before)
 """
 PROGRAMS = {
-    "typed msgspec decode": (
-        "import msgspec\nfrom alphafpn.estimate.coco import _Coco",
-        "msgspec.json.Decoder(_Coco).decode(open(sys.argv[1], 'rb').read())",
-    ),
-    "orjson": ("import orjson", "orjson.loads(open(sys.argv[1], 'rb').read())"),
     "json": ("import json", "json.load(open(sys.argv[1]))"),
     "pycocotools": (
         "from pycocotools.coco import COCO\nimport contextlib, io",
@@ -48,6 +43,11 @@ PROGRAMS = {
         "    model = torchvision.models.detection.fasterrcnn_resnet50_fpn(\n"
         "        weights=None, weights_backbone=None)",
         "estimate_alpha_for(model, sys.argv[1])",
+    ),
+    "alphafpn estimate": (
+        "import contextlib, io, torch, torchvision\nfrom alphafpn import cli",
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    cli.main(['estimate', sys.argv[1], '--detector', 'fasterrcnn_resnet50_fpn'])",
     ),
 }
 
@@ -120,44 +120,3 @@ def test_command_line(benchmark: Any, record: Any, tmp_path: Path) -> None:
     benchmark.pedantic(candidate, rounds=1)
     pairs = interleave(baseline, candidate, seconds=0, least=6, warm_up=0)
     record("command line/alphafpn estimate", **pairs.summary())
-
-
-SHARD = """
-import json, os, sys, torch
-import torch.distributed as dist
-from alphafpn import AlphaEstimate, estimate_alpha
-from benchmarks.workload import boxes, layout
-rank, world = int(sys.argv[1]), int(sys.argv[2])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=world)
-images = list(boxes(100_000).split(7))
-ours = estimate_alpha(layout(3), images[rank::world]).all_reduce()
-if rank == 0:
-    print(json.dumps([ours.to_dict(), estimate_alpha(layout(3), images).to_dict()]))
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.parametrize("processes", [2, 4])
-def test_shards_equal_one_process(
-    benchmark: Any, record: Any, tmp_path: Path, processes: int
-) -> None:
-    def run_shards() -> bool:
-        meeting = tmp_path / f"meet{len(list(tmp_path.iterdir()))}"
-        arguments = [str(processes), str(meeting)]
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-c", SHARD, str(rank), *arguments],
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
-            )
-            for rank in range(processes)
-        ]
-        outputs = [process.communicate()[0] for process in started]
-        assert all(process.returncode == 0 for process in started)
-        together, alone = json.loads(outputs[0])
-        return together == alone
-
-    equal = benchmark.pedantic(run_shards, rounds=1)
-    assert equal
-    record(f"shards/{processes} gloo processes", boxes=100_000, equal_to_the_last_count=equal)

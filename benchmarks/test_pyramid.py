@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torchvision
@@ -15,14 +14,8 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from alphafpn import (
-    AlphaFeaturePyramidNetwork,
-    LearnableAlpha,
-    alpha_parameters,
-    fold_alpha,
-    patch_detector,
-)
-from benchmarks.pairs import Pairs, in_turns, interleave, spread
+from alphafpn import LearnableAlpha, patch_detector
+from benchmarks.pairs import Pairs, in_turns
 
 SIZES = {"512x640": (512, 640), "800x1088": (800, 1088)}
 DETECTORS: dict[str, tuple[list[int], int, Callable[[], nn.Module]]] = {
@@ -80,7 +73,6 @@ KINDS: dict[str, Callable[[nn.Module, int], object]] = {
     "stock": lambda fpn, edges: None,
     "fixed": lambda fpn, edges: patch_detector(fpn, FIXED[:edges]),
     "learnable": lambda fpn, edges: patch_detector(fpn, LearnableAlpha(FIXED[:edges])),
-    "folded": lambda fpn, edges: fold_alpha(patch_detector(fpn, FIXED[:edges])),
 }
 
 
@@ -97,66 +89,26 @@ def test_pyramid(
     mode: str,
     memory_format: str,
 ) -> None:
-    """All kinds in the same rounds; and what the factors add, on its own."""
+    """All kinds in the same rounds. A second stock pyramid shows what the machine adds."""
     baseline = stock(detector).to(device, memory_format=FORMATS[memory_format])
-    # Folding is for inference.
-    kinds = [kind for kind in KINDS if kind != "folded" or mode == "forward"]
-    candidates = {kind: copy.deepcopy(baseline) for kind in kinds}
-    for kind, candidate in candidates.items():
-        KINDS[kind](candidate, len(baseline.inner_blocks) - 1)
     maps = features(detector, size, device, FORMATS[memory_format])
-    run = MODES[mode]
-    runs = {kind: run(candidate, maps) for kind, candidate in candidates.items()}
-    alone = {
-        kind: added(candidates[kind], maps, mode, FORMATS[memory_format])
-        for kind in ("fixed", "learnable")
-    }
+    runs = [MODES[mode](baseline, maps)]
+    for change in KINDS.values():
+        candidate = copy.deepcopy(baseline)
+        change(candidate, len(baseline.inner_blocks) - 1)
+        runs.append(MODES[mode](candidate, maps))
     times = in_turns(
-        [run(baseline, maps), *runs.values(), *alone.values()],
+        runs,
         device=device,
         seconds=SECONDS if device == "cpu" else 5.0,
         least=6,
         most=100 if device == "cpu" else 400,
         warm_up=1 if device == "cpu" else 3,
     )
-    benchmark.pedantic(runs["fixed"], rounds=1)
-    stock_times, of_runs, of_alone = times[0], times[1 : 1 + len(runs)], times[1 + len(runs) :]
-    shares = {
-        kind: {"added_over_stock": float(np.median(own) / np.median(stock_times))}
-        for kind, own in zip(alone, of_alone, strict=True)
-    }
-    for kind, own in zip(runs, of_runs, strict=True):
-        record(
-            f"pyramid/{kind}/{detector}/{size}/{mode}/{memory_format}",
-            device,
-            **Pairs(stock_times, own).summary(),
-            **shares.get(kind, {}),
-        )
-
-
-def added(
-    fpn: AlphaFeaturePyramidNetwork, maps: OrderedDict[str, Tensor], mode: str, memory_format: Any
-) -> Callable[[], object]:
-    """The operations that a patched pyramid has and a stock one lacks, without the rest."""
-    coarse = [
-        torch.randn(1, 256, *m.shape[-2:], device=m.device)
-        .to(memory_format=memory_format)
-        .requires_grad_()
-        for m in list(maps.values())[1:]
-    ]
-    gradients = [torch.ones_like(c) for c in coarse]
-    inputs = [*coarse, *alpha_parameters(fpn)]
-
-    def forward() -> object:
-        with torch.no_grad():
-            return [fpn._scaled(c, i) for i, c in enumerate(coarse)]
-
-    def forward_backward() -> object:
-        return torch.autograd.grad(
-            [fpn._scaled(c, i) for i, c in enumerate(coarse)], inputs, gradients
-        )
-
-    return forward if mode == "forward" else forward_backward
+    benchmark.pedantic(runs[2], rounds=1)
+    for kind, own in zip(KINDS, times[1:], strict=True):
+        name = f"pyramid/{kind}/{detector}/{size}/{mode}/{memory_format}"
+        record(name, device, **Pairs(times[0], own).summary())
 
 
 def test_train_step(benchmark: Any, record: Any, device: str) -> None:
@@ -224,26 +176,3 @@ def peak_bytes(step: Callable[[], object]) -> int:
     step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def test_folded_inference(benchmark: Any, record: Any, device: str) -> None:
-    """A folded detector runs the stock graph."""
-    model = torchvision.models.detection.retinanet_resnet50_fpn_v2(
-        weights=None, weights_backbone=None, min_size=256, max_size=256
-    )
-    model = model.to(device).eval()
-    folded = fold_alpha(patch_detector(copy.deepcopy(model), FIXED[:2]))
-    assert [type(m) for m in folded.modules()] == [type(m) for m in model.modules()]
-    image = [torch.rand(3, 256, 256, device=device)]
-
-    def run(detector: nn.Module) -> Callable[[], object]:
-        def call() -> object:
-            with torch.no_grad():
-                return detector(image)
-
-        return call
-
-    pairs = interleave(run(model), run(folded), device=device, seconds=8)
-    times = spread(pairs.candidate)
-    benchmark.pedantic(run(folded), rounds=1)
-    record("inference/folded", device, **{**pairs.summary(), **times})

@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset, Subset
 from torchvision.tv_tensors import BoundingBoxes
 from torchvision.tv_tensors import Image as TVImage
 
-from alphafpn.estimate.columns import Annotations
+from alphafpn.estimate.annotations import Annotations
 from tests.malformed import annotation, coco
 
 
@@ -46,17 +46,17 @@ def reference(
 
 
 def assert_equals(found: Annotations, expected: list[tuple[tuple[int, int], torch.Tensor]]) -> None:
-    assert found.sizes.dtype == found.counts.dtype == np.int64
+    assert found.image_sizes.dtype == found.boxes_per_image.dtype == np.int64
     assert found.boxes.dtype == np.float32
-    assert found.sizes.tolist() == [list(size) for size, _ in expected]
-    assert found.counts.tolist() == [len(boxes) for _, boxes in expected]
+    assert found.image_sizes.tolist() == [list(size) for size, _ in expected]
+    assert found.boxes_per_image.tolist() == [len(boxes) for _, boxes in expected]
     assert np.array_equal(found.boxes, torch.cat([boxes for _, boxes in expected]).numpy())
 
 
 def assert_same(found: Annotations, expected: Annotations) -> None:
-    assert np.array_equal(found.sizes, expected.sizes)
+    assert np.array_equal(found.image_sizes, expected.image_sizes)
     assert np.array_equal(found.boxes, expected.boxes)
-    assert np.array_equal(found.counts, expected.counts)
+    assert np.array_equal(found.boxes_per_image, expected.boxes_per_image)
     assert found.num_clipped == expected.num_clipped
     assert found.left_out == expected.left_out
 
@@ -113,9 +113,9 @@ CONTENT: list[tuple[tuple[int, int], list[list[float]]]] = [
     ((25, 25), [[4, 4, 4, 9], [30, 30, 40, 40], [0, 0, 25, 25]]),
 ]
 EXPECTED = Annotations(
-    sizes=np.array([[48, 64], [30, 20], [25, 25]]),
+    image_sizes=np.array([[48, 64], [30, 20], [25, 25]]),
     boxes=np.array([[1.5, 2, 10.5, 20.25], [60, 40, 64, 48], [0, 0, 25, 25]], np.float32),
-    counts=np.array([2, 0, 1]),
+    boxes_per_image=np.array([2, 0, 1]),
     num_clipped=1,
     left_out={"zero size": 1, "outside the image": 1},
 )
@@ -165,6 +165,10 @@ def pillow(height: int, width: int) -> Image.Image:
     return Image.new("RGB", (width, height))
 
 
+def tensor(height: int, width: int) -> torch.Tensor:
+    return torch.zeros(3, height, width)
+
+
 def bounding_boxes(name: str) -> Callable[[list[list[float]], tuple[int, int]], BoundingBoxes]:
     return lambda boxes, size: BoundingBoxes(
         as_format(boxes, name), format=name, canvas_size=size, dtype=torch.float32
@@ -197,7 +201,7 @@ ITERABLES: dict[str, Callable[[], Any]] = {
 }
 DATASETS: dict[str, Callable[[], Any]] = {
     "PIL": lambda: Detection(pairs(images(pillow), targets(plain))),
-    "tensor": lambda: Detection(pairs(images(lambda h, w: torch.zeros(3, h, w)), targets(plain))),
+    "tensor": lambda: Detection(pairs(images(tensor), targets(plain))),
     "tv_tensor": lambda: Detection(
         pairs(images(lambda h, w: TVImage(torch.zeros(1, h, w))), targets(bounding_boxes("XYXY")))
     ),
@@ -205,6 +209,18 @@ DATASETS: dict[str, Callable[[], Any]] = {
     "CXCYWH": lambda: Detection(pairs(images(pillow), targets(bounding_boxes("CXCYWH")))),
     "size from canvas": lambda: Detection(pairs([None] * 3, targets(bounding_boxes("XYXY")))),
     "generator": lambda: (item for item in pairs(images(pillow), targets(plain))),
+    "triples, as DeepForest's": lambda: Detection(
+        [(*pair, "a.png") for pair in pairs(images(tensor), targets(plain))]
+    ),
+    "dictionaries": lambda: Detection(
+        [{"image": i, **target} for i, target in pairs(images(pillow), targets(plain))]
+    ),
+    "dictionaries, as TorchGeo's": lambda: Detection(
+        [
+            {"image": i, "bbox_xyxy": target["boxes"], "label": target["labels"], "crs": None}
+            for i, target in pairs(images(tensor), targets(plain))
+        ]
+    ),
     "subset of a subset": lambda: Subset(
         Subset(Detection(pairs(images(pillow), targets(plain))), [2, 1, 0]), [2, 1, 0]
     ),

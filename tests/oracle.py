@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 from torchvision.ops import box_iou
 
@@ -69,3 +70,30 @@ def fcos_levels(sizes: Sequence[float], boxes: Tensor) -> list[int]:
                 level = i
         result.append(level)
     return result
+
+
+def fcos_owners(levels: Sequence[Tensor], boxes: Tensor, radius: float = 1.5) -> list[int]:
+    """The box that owns each location of an image, -1 for none, as FCOS's loss assigns them.
+
+    Location by location and box by box, with each number in float32 as in torchvision. `levels` are
+    anchors [N_l, 4] (xyxy), one per location.
+    """
+    with np.errstate(over="ignore"):
+        rows = boxes.float().numpy()
+        two, reach = np.float32(2), np.float32(radius)
+        owners = []
+        for level, anchors in enumerate(levels):
+            for left, top, right, bottom in anchors.float().numpy():
+                x, y, size = (left + right) / two, (top + bottom) / two, right - left
+                low = size * np.float32(4) if level else np.float32(0)
+                high = size * np.float32(8) if level < len(levels) - 1 else np.float32(math.inf)
+                best, owner = np.float32(0), -1
+                for index, (x1, y1, x2, y2) in enumerate(rows):
+                    offset = max(abs(x - (x1 + x2) / two), abs(y - (y1 + y2) / two))
+                    sides = x - x1, y - y1, x2 - x, y2 - y
+                    value = np.float32(1e8) - (x2 - x1) * (y2 - y1)
+                    near, inside = offset < reach * size, min(sides) > 0
+                    if near and inside and low < max(sides) < high and value > best:
+                        best, owner = value, index
+                owners.append(owner if best >= np.float32(1e-5) else -1)
+    return owners

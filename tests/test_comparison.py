@@ -1,26 +1,27 @@
-"""Each row of a comparison is the estimate of a detector that is really built so."""
+"""Each row of a comparison is the estimate of a detector that is really adapted so."""
 
 from __future__ import annotations
 
+import copy
 import json
+from collections import OrderedDict
 from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from torch import nn
+from torchvision.models import detection, get_model
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import MultiScaleRoIAlign
 
-from alphafpn import compare_anchors, estimate_alpha_for
-from alphafpn.comparison import AnchorComparison
-from alphafpn.estimate import read
+from alphafpn import AnchorComparison, adapt_detector, compare_anchors, estimate_alpha_for
 from alphafpn.tiny import tiny_retinanet
 from tests.anchor_sets import seeds
 from tests.estimate.test_for_detector import (
-    Halved,
     assert_same,
-    counted,
     draw_dataset,
     small_detector,
     snapshot,
@@ -36,117 +37,207 @@ KINDS = {
 }
 
 
-@settings(max_examples=5, deadline=None)
+def stock(name, **options):
+    with torch.device("meta"):
+        return get_model(name, weights=None, weights_backbone=None, **options)
+
+
+def resizing(kind="retinanet"):
+    """A small detector with maps at strides 8 to 32, and a stage at stride 4 but for `faster`."""
+    channels = 32 if kind == "fcos" else 8
+    strides = (2, 2, 2, 2, 2) if kind != "faster" else (4, 2, 2, 2)
+    widths = (3, *(6,) * len(strides))
+    body = nn.Sequential(
+        OrderedDict(
+            (f"stage{i}", nn.Conv2d(widths[i], widths[i + 1], 3, stride, 1))
+            for i, stride in enumerate(strides)
+        )
+    )
+    taps = list(dict(body.named_children()))[-3:] if kind != "faster" else [*body._modules]
+    backbone = BackboneWithFPN(
+        body, {tap: str(i) for i, tap in enumerate(taps)}, [6] * len(taps), channels
+    )
+    sizes = {"fcos": (8, 16, 32, 64), "faster": (32, 64, 128, 256, 512)}.get(
+        kind, (32, 64, 128, 256)
+    )
+    options = {"min_size": 480, "max_size": 800}
+    ratios = ((1.0,) if kind == "fcos" else (0.5, 1.0, 2.0),) * len(sizes)
+    generator = AnchorGenerator(tuple((size,) for size in sizes), ratios)
+    if kind == "faster":
+        pool = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
+        return detection.FasterRCNN(
+            backbone, 2, rpn_anchor_generator=generator, box_roi_pool=pool, **options
+        )
+    cls = detection.FCOS if kind == "fcos" else detection.RetinaNet
+    return cls(backbone, 2, anchor_generator=generator, **options)
+
+
+def small_objects(num_images=40, size=8.0, spread=0.5, seed=0):
+    """Images of 480 x 640 with objects around `size` pixels."""
+    rng = np.random.default_rng(seed)
+    dataset = []
+    for _ in range(num_images):
+        number = rng.integers(0, 6)
+        low = rng.uniform(0, 0.8, (number, 2)) * [640, 480]
+        high = low + size * np.exp(rng.normal(0, spread, (number, 2)))
+        boxes = torch.tensor(np.concatenate([low, high], 1), dtype=torch.float32)
+        dataset.append(((480, 640), boxes))
+    return dataset
+
+
+@settings(max_examples=3, deadline=None)
 @given(seed=seeds)
 @pytest.mark.parametrize("name", KINDS)
-def test_rows_equal_detectors_that_are_built_so(name, seed):
-    options = {"min_size": 64, "max_size": 100, **KINDS[name]}
+def test_rows_equal_the_estimates_of_adapted_detectors(name, seed):
     kind = name if name in ("faster", "fcos") else "retinanet"
-    model = small_detector(kind, **options)
+    model = small_detector(kind, **KINDS[name])
     dataset = draw_dataset(np.random.default_rng(seed))
-    rows = compare_anchors(model, dataset).rows
-    scales = [(row.anchor_scale, row.input_scale) for row in rows]
-    assert scales == [(1, 1), (0.5, 1), (0.25, 1), (0.125, 1), (1, 2)]
-    for row in rows:
-        sizes = tuple(size * row.anchor_scale for size in options["sizes"])
-        assert row.anchor_sizes == tuple((size,) for size in sizes)
-        built, data = {**options, "sizes": sizes}, dataset
-        if row.input_scale == 2 and name == "unresized":
-            data = [((2 * h, 2 * w), 2 * boxes) for (h, w), boxes in dataset]
-        elif row.input_scale == 2:
-            for key in ("min_size", "max_size", "fixed_size"):
-                if key in built:
-                    built[key] = tuple((2 * np.atleast_1d(built[key])).tolist())
-            built["max_size"] = built["max_size"][0]
-        other = small_detector(kind, **built)
-        assert row.estimate == estimate_alpha_for(other, data)
-        if name in ("retinanet", "fixed"):
-            by_hand = counted(other.eval(), data)
-            if by_hand is not None:
-                assert (row.estimate.counts, row.estimate.num_unmatched) == by_hand
+    for row in compare_anchors(model, dataset).rows:
+        adapted = adapt_detector(copy.deepcopy(model), row)
+        estimate = estimate_alpha_for(adapted, dataset)
+        for part in ("counts", "moments", "iou_histogram", "ratios", "level_names", "strides"):
+            assert getattr(row.estimate, part) == getattr(estimate, part), part
+        if name != "fcos":
+            assert row.reached == estimate.recall(0.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        ("retinanet", [(0, 1), (0, 1), (1, 1), (0, 2), (0, 2)]),
+        ("fcos", [(0, 1), (1, 1), (0, 2), (1, 2)]),
+        ("faster", [(0, 1), (0, 1), (0, 2), (0, 2)]),
+    ],
+)
+def test_the_printed_call_adapts_to_the_best_row(kind, rows):
+    model, dataset = resizing(kind), small_objects()
+    found = compare_anchors(model, dataset)
+    assert [(row.finer_level, row.input_scale) for row in found.rows] == rows
+    first = found.rows[0]
+    assert (first.anchor_scale, first.cost) == (1.0, 1.0)
+    if kind == "fcos":
+        assert {row.anchor_scale for row in found.rows} == {1.0}
+    best = found.best
+    assert best.input_scale == 1
+    adapted = adapt_detector(copy.deepcopy(model), best)
+    estimate = estimate_alpha_for(adapted, dataset)
+    assert (best.estimate.counts, best.estimate.ratios) == (estimate.counts, estimate.ratios)
+    last_line = str(found).splitlines()[-1]
+    called = copy.deepcopy(model)
+    eval(last_line, {"adapt_detector": adapt_detector, "model": called})
+    assert estimate_alpha_for(called, dataset) == estimate
+    for one, other in zip(called.modules(), adapted.modules(), strict=True):
+        for key in ("sizes", "detections_per_img", "topk_candidates", "_pre_nms_top_n"):
+            assert getattr(one, key, None) == getattr(other, key, None)
+
+
+def test_costs_are_operations_over_those_of_the_detector_as_it_is():
+    boxes = [((480, 640), torch.tensor([[10.0, 10, 18, 18]]))]
+    for name, finer in (("retinanet_resnet50_fpn_v2", 2.93), ("fcos_resnet50_fpn", 2.75)):
+        rows = compare_anchors(stock(name), boxes).rows
+        costs = {(row.finer_level, row.input_scale): row.cost for row in rows}
+        assert costs[True, 1] == pytest.approx(finer, abs=0.01)
+        assert costs[False, 2] == pytest.approx(3.94, abs=0.07)
+        assert costs[False, 1] == 1
+
+
+def test_the_scale_is_the_best_of_all_scales():
+    model = resizing("faster")
+    for dataset in (small_objects(seed=1), small_objects(12, 30.0, 0.2, seed=2)):
+        row = compare_anchors(model, dataset).rows[1]
+
+        def reached(scale, dataset=dataset):
+            estimate = estimate_alpha_for(adapt_detector(copy.deepcopy(model), scale), dataset)
+            return estimate.recall(0.5), estimate.recall(0.4)
+
+        for scale in np.geomspace(1 / 16, 4, 60):
+            assert reached(float(f"{scale:.3g}")) <= (row.reached, row.estimate.recall(0.4))
+        assert float(f"{row.anchor_scale:.3g}") == row.anchor_scale
+        # Nothing closer to 1 is as good: the next scale with three digits is worse, or it is 1.
+        unit = 10.0 ** (np.floor(np.log10(row.anchor_scale)) - 2)
+        closer = row.anchor_scale + np.copysign(unit, 1 - row.anchor_scale)
+        assert row.anchor_scale == 1 or reached(closer) < reached(row.anchor_scale)
+
+
+def test_the_best_row_is_the_cheapest_among_similar_ones():
+    rows = compare_anchors(resizing(), small_objects(10)).rows
+
+    def best(*reached):
+        made = [replace(row, reached=r) for row, r in zip(rows, reached, strict=False)]
+        found = AnchorComparison(tuple(made), False, (), (), ())
+        return made.index(found.best), str(found)
+
+    assert best(0.9, 0.915, 0.915, 1.0, 1.0)[0] == 0
+    assert "There is nothing to adapt" in best(0.9, 0.915, 0.915, 1.0, 1.0)[1]
+    assert best(0.5, 0.90, 0.915, 1.0, 1.0)[0] == 1
+    assert best(0.5, 0.80, 0.915, 1.0, 1.0)[0] == 2
+    assert "nothing to adapt" not in best(0.5, 0.80, 0.915, 1.0, 1.0)[1]
+
+
+def test_fcos_counts_boxes_that_own_a_location():
+    # A box between locations owns none: 2 x 2 pixels around (14, 14) with locations 8 apart.
+    boxes = torch.tensor([[13.0, 13, 15, 15], [20.0, 20, 44, 44]])
+    model = small_detector("fcos", (8, 16, 32, 64), min_size=64, max_size=64, size_divisible=32)
+    found = compare_anchors(model, [((64, 64), boxes)])
+    assert found.rows[0].reached == pytest.approx(0.5)
+    assert found.rows[0].estimate.iou_histogram is None
+    assert "own a location" in str(found)
 
 
 def test_the_file_is_read_once_and_the_model_stays(tmp_path, monkeypatch):
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps(coco()))
-    opened = []
-    decode = read.decode
-    monkeypatch.setattr(read, "decode", lambda *args: opened.append(args) or decode(*args))
     model = small_detector("faster", (16, 32, 64, 128))
     before = snapshot(model)
     found = compare_anchors(model, [path], category_ids=[1], clamp=(0.5, 1))
-    assert len(opened) == 1
     with pytest.raises(FrozenInstanceError):
         found.rows = ()
     with pytest.raises(FrozenInstanceError):
         found.rows[0].input_scale = 2
     assert_same(snapshot(model), before)
-    assert len(found.rows) == 5
     assert {row.estimate.clamp for row in compare_anchors(model, path).rows} == {(0.2, 2.0)}
     assert {row.estimate.clamp for row in found.rows} == {(0.5, 1.0)}
 
 
-def test_rows_that_cannot_be_built_are_left_out():
-    dataset = draw_dataset(np.random.default_rng(0))
-
-    def scales(model):
-        return [(r.anchor_scale, r.input_scale) for r in compare_anchors(model, dataset).rows]
-
-    # A size of 1 rounds to nothing.
-    assert scales(small_detector("fcos", (8, 16, 32, 64))) == [(1, 1), (0.5, 1), (0.25, 1), (1, 2)]
-    # So does the shorter side of 1 / sqrt(2).
-    model = small_detector(sizes=(8, 16, 32, 64))
-    for ratio in (0.5, 2.0):
-        model.anchor_generator = AnchorGenerator(((8,), (16,), (32,), (64,)), ((ratio,),) * 4)
-        assert scales(model) == [(1, 1), (0.5, 1), (0.25, 1), (1, 2)]
-    model = small_detector("fcos", (16, 32, 64, 128))
-    model.transform = Undone(64, 100, [0.5] * 3, [0.5] * 3)
-    assert scales(model) == [(1, 1), (0.5, 1), (0.25, 1), (0.125, 1)]
-    # With one square for each position, sizes of 16 and 22 are alike as 2 and 2.75.
-    model = small_detector(sizes=(16, 22, 64, 128))
-    model.anchor_generator = AnchorGenerator(((16,), (22,), (64,), (128,)), ((1.0,),) * 4)
-    assert scales(model) == [(1, 1), (0.5, 1), (0.25, 1), (1, 2)]
-
-
-class Undone(GeneralizedRCNNTransform):
-    """Makes every image equally large."""
-
-    def resize(self, image, target=None):
-        return torch.nn.functional.interpolate(image[None], size=(64, 64))[0], target
-
-
-def test_a_transform_that_enlarges_with_the_image():
-    model = small_detector(sizes=(16, 32, 64, 128))
-    model.transform = Halved((40, 64), 100, [0.5] * 3, [0.5] * 3)
-    dataset = [((120, 90), torch.tensor([[2.0, 4, 33, 20], [50, 30, 58, 44]]))]
-    row = compare_anchors(model, dataset).rows[-1]
-    doubled = [((2 * h, 2 * w), 2 * boxes) for (h, w), boxes in dataset]
-    assert row.input_scale == 2
-    assert row.estimate == estimate_alpha_for(model, doubled)
-
-
-def test_the_papers_detectors():
+def test_detectors_that_do_not_resize_have_no_row_on_a_larger_input():
     with torch.device("meta"):
         model = tiny_retinanet("resnet18", weights_backbone=None)
-    found = compare_anchors(model, draw_dataset(np.random.default_rng(0)))
-    assert found.rows[-1].input_scale == 2
-    assert found.rows[1].anchor_sizes[0] == pytest.approx((4, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3)))
+    dataset = draw_dataset(np.random.default_rng(0))
+    found = compare_anchors(model, dataset)
+    assert [row.input_scale for row in found.rows] == [1, 1]
+    found = compare_anchors(small_detector("retinanet", **KINDS["unresized"]), dataset)
+    assert {row.input_scale for row in found.rows} == {1}
 
 
-def test_hand_made_anchors_shrink_about_their_centres():
+def test_levels_that_cannot_be_told_apart_are_an_error_only_as_it_is():
+    with pytest.raises(ValueError, match="MobileNet"):
+        compare_anchors(stock("fasterrcnn_mobilenet_v3_large_fpn"), small_objects(3))
+    # Sizes of 16 and 22 are 2 and 2 at an eighth: such scales are skipped.
+    model = small_detector(sizes=(16, 22, 64, 128))
+    model.anchor_generator = AnchorGenerator(((16,), (22,), (64,), (128,)), ((1.0,),) * 4)
+    model.head.classification_head.num_anchors = 1
+    assert compare_anchors(model, draw_dataset(np.random.default_rng(0))).rows
+
+
+def test_hand_made_anchors_are_scaled_about_their_centres():
     model = small_detector()
     generator = model.anchor_generator
     generator.cell_anchors = [
-        torch.tensor([[1.0, 2, 1 + 8 * 2**i, 2 + 16 * 2**i]]) for i in range(4)
+        torch.tensor([[1.0, 2, 1 + 8 * 2**i, 2 + 16 * 2**i]] * 3) for i in range(4)
     ]
     dataset = draw_dataset(np.random.default_rng(0))
     row = compare_anchors(model, dataset).rows[1]
     assert row.anchor_sizes == ()
-    generator.cell_anchors = [
-        torch.tensor([[1.0 + 2 * 2**i, 2 + 4 * 2**i, 1 + 6 * 2**i, 2 + 12 * 2**i]])
-        for i in range(4)
-    ]
-    assert row.estimate == estimate_alpha_for(model, dataset)
+    assert row.different_anchors == (1, 1, 1, 1)
+    adapted = adapt_detector(copy.deepcopy(model), row)
+    assert estimate_alpha_for(adapted, dataset).counts == row.estimate.counts
+
+
+def test_a_head_that_does_not_fit_its_anchors_is_named():
+    model = stock("retinanet_resnet50_fpn")
+    model.anchor_generator = AnchorGenerator(((8,), (16,), (32,), (64,), (128,)))
+    with pytest.raises(ValueError, match="expected 9 anchors per cell, as the head has, found 3"):
+        compare_anchors(model, small_objects(3))
 
 
 def test_the_table():
@@ -154,54 +245,33 @@ def test_the_table():
     model = small_detector("faster", (32, 64, 128, 256), min_size=64, max_size=64)
     found = compare_anchors(model, [((64, 64), boxes)])
     lines = str(found).splitlines()
-    assert lines[0].split() == ["anchors", "input", "IoU", ">=", "0.4", "IoU", ">=", "0.5", "alpha"]
-    assert [line[:9].strip() for line in lines[1:6]] == [
-        "own",
-        "own x 1/2",
-        "own x 1/4",
-        "own x 1/8",
-        "own",
+    assert lines[0].split() == [
+        *("anchors", "finer", "level", "input", "reach", "IoU", "0.5", "different", "cost", "alpha")
     ]
-    assert "own x 2" in lines[5]
-    assert "1.000*" in lines[1] or "0.200*" in lines[1]
-    assert lines[6] == "* set by the clamp, or 1 for want of objects"
-    assert lines[7] == "best fit at this input: anchor sizes 8 16 32 64"
-    row = found.to_list()[2]
-    assert row["recall"] == {
-        iou: found.rows[2].estimate.recall(float(iou)) for iou in row["recall"]
-    }
-    assert list(row["recall"]) == ["0.4", "0.5"]
+    assert lines[1].startswith("own ")
+    assert "<- best" in str(found)
+    assert "3 boxes, fewer than 50" in str(found)
+    assert "anchor sizes of the best row: P2 " in str(found)
+    assert lines[-1].startswith("adapt_detector(model, 0.")
     assert json.loads(json.dumps(found.to_list(), allow_nan=False)) == found.to_list()
-    sizes = found.rows[2].anchor_sizes
-    assert AnchorGenerator(sizes, ((1.0,),) * 4).sizes == sizes
+    assert [row["best"] for row in found.to_list()].count(True) == 1
 
 
-def test_the_best_fit_is_the_one_that_reaches_half():
-    boxes = torch.tensor([[10.0, 10, 18, 18], [20, 20, 28, 28], [30, 10, 46, 26]])
-    rows = compare_anchors(small_detector("faster", (32, 64, 128, 256)), [((64, 64), boxes)]).rows
-
-    def with_ious(row, *hundredths):
-        histogram = np.bincount(hundredths, minlength=101).tolist()
-        return replace(row, estimate=replace(row.estimate, iou_histogram=tuple(histogram)))
-
-    # More boxes of the second one reach .4, more of the third one .5.
-    fits = with_ious(rows[0], 10, 10, 10), with_ious(rows[1], 45, 45, 60)
-    lines = str(AnchorComparison((*fits, with_ious(rows[2], 30, 55, 60)))).splitlines()
-    assert lines[-1] == "best fit at this input: anchor sizes 8 16 32 64"
-    assert str(AnchorComparison(fits[:1])).endswith("anchor sizes 32 64 128 256")
-    assert "clamp" in str(AnchorComparison(fits[:1]))
-    balanced = replace(fits[0].estimate, counts=(80, 40, 20, 10))
-    assert "clamp" not in str(AnchorComparison((replace(fits[0], estimate=balanced),)))
-    larger = with_ious(rows[4], 99, 99, 99)
-    assert str(AnchorComparison((*fits, larger))).endswith("anchor sizes 16 32 64 128")
+def test_findings_are_ordered_by_the_objects_they_cost():
+    dense = [((480, 640), torch.tensor([[10.0 + i, 10, 18 + i, 18] for i in range(350)]))]
+    found = compare_anchors(resizing(), dense).findings()
+    assert found[0].endswith("max_objects=350)")
+    assert any("300 detections per image" in text for text in found)
+    assert any("torchmetrics 100" in text and "evaluate_tiny 200" in text for text in found)
+    fits = [((480, 640), torch.tensor([[96.0, 96, 160, 160]])) for _ in range(50)]
+    assert compare_anchors(resizing(), fits).findings() == []
 
 
-def test_fcos_has_ranges_and_no_iou():
-    found = compare_anchors(
-        small_detector("fcos", (16, 32, 64, 128)), draw_dataset(np.random.default_rng(0))
-    )
-    lines = str(found).splitlines()
-    assert lines[0].startswith("ranges ")
-    assert lines[1].split()[2:4] == ["-", "-"]
-    assert lines[-1] == "FCOS matches by regression ranges: they are scaled here"
-    assert [row["recall"] for row in found.to_list()] == [None] * 5
+def test_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = compare_anchors(resizing(), small_objects())
+    axes = found.plot()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["as it is", "adapted"]
+    total = sum(found.boxes_by_size)
+    for row, reached in zip(found.rows, found.reached_by_size, strict=True):
+        assert sum(reached) / total == pytest.approx(row.reached)

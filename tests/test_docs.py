@@ -1,7 +1,8 @@
-"""The documentation: blocks and examples run, `alphafpn` commands parse, nothing is left out."""
+"""The documentation: its blocks and examples run, its commands parse, nothing is missing."""
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import importlib.util
@@ -21,53 +22,48 @@ import alphafpn.tiny
 from alphafpn import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [
-    page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()
-]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S
 )
+PUBLIC = [getattr(module, name) for module in (alphafpn, alphafpn.tiny) for name in module.__all__]
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def blocks(text: str, *languages: str) -> Iterator[tuple[int, str]]:
-    """Fenced blocks in these languages, each with the number of the line before its first."""
+    """Yields fenced blocks in these languages, each with the number of the line before it."""
     for match in FENCE.finditer(text):
         if match["language"] in languages:
             yield text.count("\n", 0, match.start("code")), textwrap.dedent(match["code"])
 
 
-def missing_library(code: str) -> str | None:
-    """The library that the block opens by importing, where it is not installed."""
-    found = re.match(r"(?:import|from) (\w+)", code)
-    return found[1] if found and importlib.util.find_spec(found[1]) is None else None
-
-
 def run_page(page: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Runs the Python blocks of a page in order, in one module; returns what was left out."""
+    """Runs the `python` blocks of a page in order, in one module; returns those left out.
+
+    A block that begins by importing a library is left out if that is not installed.
+    """
     module = types.ModuleType(f"page_{page.stem.replace('-', '_')}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     left_out = []
     for line, code in blocks(page.read_text("utf-8"), "python"):
-        library = missing_library(code)
-        if library:
-            left_out.append(f"line {line + 1} needs {library}")
+        first = re.match(r"(?:import|from) (\w+)", code)
+        if first and importlib.util.find_spec(first[1]) is None:
+            left_out.append(f"line {line + 1} needs {first[1]}")
             continue
-        # Line numbers in tracebacks, and sources that are looked up, are the page's.
+        # Tracebacks show the page's line numbers.
         exec(compile("\n" * line + code, str(page), "exec"), vars(module))
     return left_out
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Arguments of the `alphafpn` commands in shell blocks."""
-    for _, code in blocks(text, "bash", "console", "sh", "shell"):
+    """Yields the arguments of the `alphafpn` commands in shell blocks."""
+    for _, code in blocks(text, "bash"):
         for line in code.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.removeprefix("$ "), comments=True)
-            ends = [i for i, word in enumerate(words) if word in {"|", ">", "&&", ";"}]
-            words = words[: ends[0]] if ends else words
-            if words[:1] == ["alphafpn"]:
-                yield words[1:]
-            elif words[1:3] == ["-m", "alphafpn"]:
-                yield words[3:]
+            for part in line.split("&&"):
+                words = shlex.split(part, comments=True)
+                if words and words[0].split("/")[-1] == "alphafpn":
+                    yield words[1:]
 
 
 @pytest.fixture(autouse=True)
@@ -76,45 +72,41 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@every_page
 @pytest.mark.filterwarnings("ignore")
-def test_python_blocks_run(page, monkeypatch):
+def test_python_blocks_run_and_print_what_is_shown(page, monkeypatch, capsys):
+    text = page.read_text("utf-8")
     left_out = run_page(page, monkeypatch)
-    saved = re.findall(r'savefig\("(.+?)"', page.read_text("utf-8"))
-    for picture in saved:
+    printed = capsys.readouterr().out
+    if any(blocks(text, "python")):
+        assert [code for _, code in blocks(text, "text") if code.rstrip() not in printed] == []
+    for picture in re.findall(r'savefig\("(.+?)"', text):
         assert (ROOT / "docs" / "images" / picture).exists(), "draw: python -m benchmarks.pictures"
         assert Path(picture).stat().st_size > 5000
     if left_out:
         pytest.skip(f"ran {page.name} except: {', '.join(left_out)}")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@every_page
+def test_blocks_that_would_download_weights_name_what_exists(page):
+    for _, code in blocks(page.read_text("utf-8"), "py"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom):
+                assert node.module
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+@every_page
 def test_commands_parse(page):
     for arguments in commands(page.read_text("utf-8")):
-        code: object = 0
-        try:
-            cli._parser().parse_args(arguments)
-        except SystemExit as stop:  # --help and --version end with 0
-            code = stop.code
-        assert code == 0, arguments
-
-
-def test_the_worked_example_shows_what_it_prints(monkeypatch, capsys):
-    text = (ROOT / "docs" / "worked-example.md").read_text("utf-8")
-    shown = [code.rstrip() for _, code in blocks(text, "text")]
-    python = [code for _, code in blocks(text, "python")]
-    end = next(i for i, code in enumerate(python) if "summary()" in code)
-    exec("\n".join(python[: end + 1]), {})
-    printed = capsys.readouterr().out
-    assert shown
-    assert [block for block in shown if block not in printed] == []
-
-
-PUBLIC = [getattr(module, name) for module in (alphafpn, alphafpn.tiny) for name in module.__all__]
+        cli._parser().parse_args(arguments)
 
 
 @pytest.mark.parametrize("public", PUBLIC, ids=lambda public: public.__name__)
 def test_public_names_have_an_example_that_runs(public):
+    if public in (alphafpn.AnchorComparison, alphafpn.AnchorFit):
+        pytest.skip("compare_anchors makes these, and shows them")
     module = importlib.import_module(public.__module__)
     examples = doctest.DocTestFinder(recurse=False).find(public, public.__name__, module)
     assert sum(len(example.examples) for example in examples) > 0
@@ -132,33 +124,22 @@ def test_the_reference_has_every_public_name_and_says_what_properties_return():
             assert inspect.signature(member.fget).return_annotation is not inspect.Signature.empty
 
 
-# The checker itself
+def test_the_map_names_the_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    rows = "".join(line for line in text.splitlines() if line.startswith("| `"))
+    package = ROOT / "alphafpn"
+    files = {*package.glob("*.py"), *(package / "estimate").glob("*.py")}
+    assert {path for path in files if not path.name.startswith("__")} == {
+        package / name for name in re.findall(r"`([\w/]+\.py)`", rows)
+    }
 
 
-def test_a_block_sees_those_before_it_and_failures_name_the_line(tmp_path, monkeypatch):
+def test_failures_name_the_line_of_the_page(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
+    python = "```python\n{}\n```\n"
     page.write_text(
-        "# Page\n```python\nx = 1\n```\n\n```text\nnot python\n```\n```python\nassert x == 2\n```\n"
+        f"# Page\n{python.format('x = 1')}\n```text\nno\n```\n{python.format('1 / (x - 1)')}"
     )
-    with pytest.raises(AssertionError) as failure:
+    with pytest.raises(ZeroDivisionError) as failure:
         run_page(page, monkeypatch)
     assert failure.traceback[-1].lineno + 1 == 10
-    page.write_text(page.read_text().replace("x = 1", "x = 2"))
-    assert run_page(page, monkeypatch) == []
-
-
-def test_only_a_block_that_opens_with_a_missing_library_is_left_out(tmp_path, monkeypatch):
-    page = tmp_path / "page.md"
-    page.write_text("```python\nimport no_such_library\nraise ValueError\n```\n")
-    assert run_page(page, monkeypatch) == ["line 2 needs no_such_library"]
-    page.write_text("```python\nx = 1\nimport no_such_library\n```\n")
-    with pytest.raises(ModuleNotFoundError):
-        run_page(page, monkeypatch)
-
-
-def test_commands_are_found_in_shell_blocks():
-    text = (
-        "```bash\n$ alphafpn demo --out a  # why\nalphafpn estimate \\\n  b.json > c\nls\n```\n"
-        "    ```bash\n    python -m alphafpn demo | tail\n    ```\n```text\nalphafpn no\n```\n"
-    )
-    assert list(commands(text)) == [["demo", "--out", "a"], ["estimate", "b.json"], ["demo"]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 import socket
+import threading
 from collections import OrderedDict
 from itertools import pairwise
 
@@ -14,7 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.ops import FeaturePyramidNetwork
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from alphafpn.gradients import gradient_shares
@@ -313,6 +317,72 @@ def test_on_a_gpu(build):
 # Wrapped models
 
 
+class Task(nn.Module):
+    """Holds a detector as a LightningModule does; its own forward pass is something else."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.metric = nn.Identity()
+        self.lock = threading.Lock()  # cannot be pickled
+
+    def forward(self, batch):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("build", BUILDERS)
+def test_the_detector_inside_a_module_is_measured(build, training):
+    expected = gradient_shares(make_detector(build, FACTORS), *make_batch())
+    task = Task(make_detector(build, FACTORS)).train(training)
+    for model in (task, torch.compile(task, backend="eager")):
+        assert torch.equal(gradient_shares(model, *make_batch()).norms, expected.norms)
+    assert all(module.training is training for module in task.modules())
+
+
+def test_several_detectors_are_named():
+    task = Task(nn.ModuleDict({"a": make_fcos(), "b": make_fcos()}))
+    with pytest.raises(TypeError, match=r"model.a.backbone.fpn, model.b.backbone.fpn in Task"):
+        gradient_shares(task, *make_batch())
+
+
+def test_modules_that_cannot_be_copied_are_measured():
+    expected = gradient_shares(make_detector(make_fcos), *make_batch())
+    model = make_detector(make_fcos)
+    model.backbone.body.lock = threading.Lock()
+    assert torch.equal(gradient_shares(model, *make_batch()).norms, expected.norms)
+
+
+def test_inference_mode_does_not_matter():
+    expected = gradient_shares(make_detector(make_fcos, FACTORS), *make_batch())
+    model = make_detector(make_fcos, FACTORS)
+    with torch.inference_mode():
+        result = gradient_shares(model, *make_batch())
+    assert torch.equal(result.norms, expected.norms)
+
+
+def test_nothing_needs_float64_on_the_device():
+    """As on MPS, which has none; only what was copied to the CPU may be float64."""
+
+    class NoDouble(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+                assert result.ndim <= 2, func
+            return result
+
+    expected = gradient_shares(make_detector(make_fcos, FACTORS), *make_batch())
+    with NoDouble():
+        result = gradient_shares(make_detector(make_fcos, FACTORS), *make_batch())
+    assert torch.equal(result.norms, expected.norms)
+
+
+def test_gradients_too_small_for_their_squares_are_measured():
+    result = gradient_shares(ByHand([1e-30, 1e-20, 1.0]), IMAGES, [{}, {}])
+    expected = shares_by_hand([1e-30, 1e-20, 1.0], [1.0, 1.0])
+    torch.testing.assert_close(result.norms, expected, rtol=1e-6, atol=0)
+
+
 def test_compiled_models_are_measured_as_the_original():
     def backend(graph, inputs):
         pytest.fail("compiled code ran")
@@ -377,6 +447,71 @@ def test_images_and_targets_go_together(images, targets):
     found = f"found {images} images and {targets} targets"
     with pytest.raises(ValueError, match=f"expected equally many and at least one, {found}"):
         gradient_shares(ByHand([1.0]), IMAGES[:images], [{}] * targets)
+
+
+MASKS = {"masks": torch.ones(2, 64, 64, dtype=torch.uint8)}
+
+
+def make_mask_rcnn():
+    model = make_faster_rcnn()
+    model.roi_heads.mask_roi_pool = MultiScaleRoIAlign(["0", "1", "2"], 7, 2)
+    model.roi_heads.mask_head = nn.Conv2d(8, 8, 3, padding=1)
+    model.roi_heads.mask_predictor = MaskRCNNPredictor(8, 8, 2)
+    return model
+
+
+LABELS = torch.ones(2, dtype=torch.int64)
+BOXES = torch.tensor([[4.0, 4.0, 14.0, 16.0], [20.0, 20.0, 52.0, 50.0]])
+
+
+@pytest.mark.parametrize(
+    ("build", "target", "found"),
+    [
+        *((build, {"boxes": BOXES}, "found boxes [2, 4]") for build in BUILDERS),
+        *((build, {"labels": LABELS}, "found labels [2]") for build in BUILDERS),
+        (make_fcos, [BOXES, LABELS], "found list"),
+        (make_fcos, {}, "found dict"),
+        (make_fcos, {"boxes": BOXES.tolist(), "labels": LABELS}, "found boxes list, labels [2]"),
+        (make_fcos, {"boxes": BOXES[:, :3], "labels": LABELS}, "found boxes [2, 3], labels [2]"),
+        (make_fcos, {"boxes": BOXES, "labels": LABELS[:1]}, "found boxes [2, 4], labels [1]"),
+        (make_fcos, {"boxes": BOXES, "labels": LABELS[:, None]}, "[2, 4], labels [2, 1]"),
+        *((b, {"boxes": BOXES, "labels": LABELS.float()}, "found torch.float32") for b in BUILDERS),
+        *((b, {"boxes": BOXES, "labels": 2 * LABELS}, "and below 2, found 2") for b in BUILDERS),
+        *((b, {"boxes": BOXES, "labels": -LABELS}, "and below 2, found -1") for b in BUILDERS),
+        (make_mask_rcnn, {"boxes": BOXES, "labels": LABELS}, "found boxes [2, 4], labels [2]"),
+        (
+            make_mask_rcnn,
+            {"boxes": BOXES, "labels": LABELS, "masks": torch.ones(1, 64, 64)},
+            "found boxes [2, 4], labels [2], masks [1, 64, 64]",
+        ),
+    ],
+)
+def test_targets_that_the_detector_cannot_train_on_are_named(build, target, found):
+    images, targets = make_batch()
+    with pytest.raises(ValueError, match=rf"^targets\[1\]: expected .*{re.escape(found)}"):
+        gradient_shares(make_detector(build), images, [targets[0] | MASKS, target])
+
+
+def test_masks_are_measured():
+    images, targets = make_batch()
+    targets[1]["masks"] = torch.zeros(0, 50, 70, dtype=torch.uint8)
+    result = gradient_shares(
+        make_detector(make_mask_rcnn), images, [targets[0] | MASKS, targets[1]]
+    )
+    assert (result.norms.sum(1) > 0).all()
+
+
+def test_heads_of_ones_own_may_have_any_number_of_classes():
+    images, targets = make_batch()
+    model = make_detector(make_faster_rcnn)
+    expected = gradient_shares(model, images, targets)
+    model.roi_heads.box_predictor = nn.Sequential(model.roi_heads.box_predictor)
+    assert torch.equal(gradient_shares(model, images, targets).norms, expected.norms)
+
+
+def test_weights_without_values_are_named():
+    with pytest.raises(ValueError, match="expected weights with values, found some on the meta"):
+        gradient_shares(make_detector(make_fcos).to("meta"), *make_batch())
 
 
 class NoLosses(ByHand):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import FeaturePyramidNetwork
 
 from alphafpn.pyramid import (
@@ -63,7 +66,9 @@ class Estimate(Sequence):
 def test_alpha_one_is_bitwise_the_parent(norm, extra, alpha):
     stock = make_pyramid(norm, extra)
     ours = make_alpha(alpha, norm=norm, extra=extra)
-    assert_equal_maps(ours(make_features()), stock(make_features()))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert_equal_maps(ours(make_features()), stock(make_features()))
 
 
 @settings(deadline=None, max_examples=60)
@@ -82,6 +87,19 @@ def test_equals_the_literal_equation(data, levels, size, dtype):
     for p, expected in zip(found, literal_pyramid(fpn, fpn.alpha.tolist(), x), strict=True):
         assert p.dtype == dtype
         assert torch.equal(p, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("alpha", [FACTORS, LearnableAlpha(FACTORS), AttentionAlpha(FACTORS)])
+def test_inference_differs_from_training_by_rounding(alpha, dtype):
+    fpn = make_alpha(alpha).to(dtype)
+    x = OrderedDict((name, c.to(dtype)) for name, c in make_features().items())
+    with torch.no_grad():
+        found = fpn(x)
+    for name, p in fpn(x).items():
+        assert found[name].dtype == dtype
+        rounding = 8 * torch.finfo(dtype).eps * p.abs().max()
+        assert (found[name] - p).abs().max() <= rounding
 
 
 def test_factors_are_ordered_finest_edge_first():
@@ -137,6 +155,58 @@ def test_gradients_of_factors_are_right_to_finite_differences(alpha):
     assert torch.autograd.gradcheck(finest, (*features, *parameters), fast_mode=True)
 
 
+# What it costs
+
+
+class Kernels(TorchDispatchMode):
+    """Names the operations that compute something; on a GPU each is a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name not in {"aten::expand", "aten::unbind", "aten::detach"}:
+            self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def kernels(run):
+    with Kernels() as counter:
+        run()
+    return counter.names
+
+
+@pytest.mark.parametrize("kind", [list, LearnableAlpha])
+def test_inference_runs_one_kernel_for_each_of_stocks(kind):
+    stock, ours, x = make_pyramid(), make_alpha(kind(FACTORS)), make_features()
+    with torch.no_grad():
+        expected, found = kernels(lambda: stock(x)), kernels(lambda: ours(x))
+    assert [name.replace("addcmul", "add") for name in found] == expected
+
+
+def saved_bytes(fpn):
+    """What the graph keeps for its backward pass, each storage once."""
+    storages = {}
+
+    def keep(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = {name: c.requires_grad_() for name, c in make_features().items()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        maps = fpn(x)
+    del maps
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("alpha", [FACTORS, LearnableAlpha(FACTORS), LearnableAlpha(shared=True)])
+def test_training_saves_no_map_that_stock_does_not_save(alpha):
+    fpn = make_alpha(alpha)
+    factors = fpn.alpha.untyped_storage().nbytes()
+    assert saved_bytes(fpn) - saved_bytes(make_pyramid()) <= factors
+
+
 # The kinds
 
 
@@ -160,7 +230,9 @@ def test_factors_may_be_any_sequence(alpha):
     assert torch.equal(torch.stack([gate.init for gate in gates]), expected)
 
 
-@pytest.mark.parametrize("alpha", [2, 0.5, np.float32(0.5), torch.tensor(0.5), True])
+@pytest.mark.parametrize(
+    "alpha", [2, 0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5), Fraction(1, 2)]
+)
 def test_one_number_serves_all_edges(alpha):
     assert make_alpha(alpha).alpha.tolist() == [float(alpha)] * 3
 
@@ -324,7 +396,26 @@ def test_initialises_as_the_parent_and_draws_no_more(alpha):
 
 
 @pytest.mark.parametrize(
-    "alpha", [None, "0.5", {"0": 0.5}, [0.5, "0.4", 0.3], [[1.0, 2.0, 3.0]], 1j]
+    "alpha",
+    [
+        None,
+        "0.5",
+        b"12",
+        1j,
+        True,
+        np.True_,
+        {"0": 0.5},
+        [0.5, "0.4", 0.3],
+        [0.5, True, 0.3],
+        [0.5, None, 0.3],
+        [[1.0, 2.0, 3.0]],
+        [torch.ones(2)] * 3,
+        torch.ones(3, 1),
+        torch.ones(3, dtype=torch.complex64),
+        torch.ones(3, dtype=torch.bool),
+        torch.ones(3, device="meta"),
+        np.array(["0.1", "0.2", "0.3"]),
+    ],
 )
 def test_what_is_no_number_is_named(alpha):
     with pytest.raises(TypeError, match=rf"alpha: expected a number.*found {type(alpha).__name__}"):
@@ -371,7 +462,18 @@ def test_unequal_values_are_not_shared():
         LearnableAlpha([0.3, 0.4, 0.3], shared=True)
 
 
-@pytest.mark.parametrize("reduction", [0, -1, 2.0])
+@pytest.mark.parametrize("shared", ["no", None, 2])
+def test_shared_is_a_bool(shared):
+    with pytest.raises(TypeError, match=r"LearnableAlpha.shared: expected a bool, found"):
+        LearnableAlpha(shared=shared)
+
+
+@pytest.mark.parametrize("reduction", [4, np.int64(4), torch.tensor(4)])
+def test_a_reduction_may_be_any_integer(reduction):
+    assert AttentionAlpha(reduction=reduction) == AttentionAlpha(reduction=4)
+
+
+@pytest.mark.parametrize("reduction", [0, -1, 2.0, True, "4", None, torch.tensor(2.0)])
 def test_a_reduction_is_a_positive_integer(reduction):
     with pytest.raises(ValueError, match="reduction: expected a positive integer, found"):
         AttentionAlpha(reduction=reduction)
@@ -440,6 +542,108 @@ def test_keys_of_the_oldest_format_are_renamed_as_in_the_parent(alpha):
     for name, tensor in stock.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor)
     assert torch.equal(ours.alpha.detach(), torch.tensor(FACTORS))
+
+
+# Without values: the meta device
+
+
+def on_meta(alpha):
+    with torch.device("meta"):
+        return make_alpha(alpha)
+
+
+@pytest.fixture
+def garbage(monkeypatch):
+    """What `to_empty` leaves is usually 0; here it is not."""
+    torch.use_deterministic_algorithms(True)  # and fills what is empty with nan
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+ON_META = [FACTORS, LearnableAlpha(FACTORS), LearnableAlpha(0.3, shared=True)]
+
+
+@pytest.mark.usefixtures("garbage")
+@pytest.mark.parametrize("start", ["meta", "cpu"])
+@pytest.mark.parametrize("alpha", ON_META)
+def test_factors_that_no_checkpoint_holds_are_as_configured(alpha, start):
+    fpn = on_meta(alpha) if start == "meta" else make_alpha(alpha)
+    copies = [copy.deepcopy(fpn), pickle.loads(pickle.dumps(fpn))]
+    for empty in (fpn, *copies):
+        empty.to_empty(device="cpu")
+        empty.load_state_dict(make_pyramid().state_dict(), strict=True)
+        assert_equal_maps(empty(make_features()), make_alpha(alpha)(make_features()))
+        assert type(empty.alpha) is type(make_alpha(alpha).alpha)
+
+
+@pytest.mark.parametrize("alpha", ON_META)
+def test_assigned_checkpoints_leave_no_factor_on_meta(alpha):
+    stock, fpn = make_pyramid(), on_meta(alpha)
+    nn.Sequential(fpn).load_state_dict(nn.Sequential(stock).state_dict(), strict=True, assign=True)
+    assert_equal_maps(fpn(make_features()), make_alpha(alpha)(make_features()))
+    assert all(p.requires_grad and p.is_leaf for p in alpha_parameters(fpn))
+    # Without weights of the pyramid in it, a checkpoint changes nothing.
+    fpn = on_meta(alpha)
+    fpn.load_state_dict({}, strict=False, assign=True)
+    assert fpn.alpha.is_meta
+
+
+@pytest.mark.parametrize("alpha", ON_META)
+def test_factors_follow_weights_that_were_filled_one_by_one(alpha):
+    fpn = on_meta(alpha)
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        fpn.to("cpu")
+    for name, tensor in make_pyramid().state_dict().items():
+        path, _, attribute = name.rpartition(".")
+        setattr(fpn.get_submodule(path), attribute, nn.Parameter(tensor))
+    assert_equal_maps(fpn.to("cpu")(make_features()), make_alpha(alpha)(make_features()))
+
+
+@pytest.mark.usefixtures("garbage")
+def test_gates_restart_as_new_ones_and_want_their_checkpoint():
+    fpn = on_meta(AttentionAlpha(FACTORS)).to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match=r"Missing key.*gates.0.squeeze.weight"):
+        fpn.load_state_dict(make_pyramid().state_dict(), strict=True)
+    fpn.load_state_dict(make_pyramid().state_dict(), strict=False)
+    assert_equal_maps(fpn(make_features()), make_alpha(FACTORS)(make_features()))
+    assert all(p.isfinite().all() for p in alpha_parameters(fpn))
+
+
+@pytest.mark.usefixtures("garbage")
+@pytest.mark.parametrize("alpha", [*ON_META, AttentionAlpha(FACTORS)])
+def test_deferred_initialisation_of_each_module_starts_at_the_factors(alpha):
+    """As FSDP does it: each module alone, parents first."""
+    fpn = on_meta(alpha)
+    for module in fpn.modules():
+        if [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            module.to_empty(device="cpu", recurse=False)
+            module.reset_parameters()
+    fpn.load_state_dict(make_pyramid().state_dict(), strict=False)
+    assert_equal_maps(fpn(make_features()), make_alpha(alpha)(make_features()))
+
+
+@pytest.mark.parametrize("alpha", ON_META)
+def test_other_conversions_keep_factors_that_were_trained(alpha):
+    fpn = make_alpha(alpha)
+    fpn.alpha.data.fill_(0.75)
+    for convert in (fpn.double, fpn.half, fpn.float, fpn.share_memory, lambda: fpn.to("cpu")):
+        convert()
+        assert (fpn.alpha == 0.75).all()
+
+
+# Inference mode
+
+
+@pytest.mark.parametrize("alpha", [*ON_META, AttentionAlpha(FACTORS)])
+def test_a_pyramid_made_in_inference_mode_behaves_as_stock(alpha):
+    with torch.inference_mode():
+        stock, ours = make_pyramid(), make_alpha(alpha)
+        assert_equal_maps(make_alpha(1.0)(make_features()), stock(make_features()))
+    for fpn in (stock, ours):
+        with torch.no_grad():
+            fpn(make_features())
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+            fpn(make_features())
 
 
 def test_factors_start_at_one_by_default():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -92,6 +93,23 @@ def check_fsdp(alpha) -> None:
         patch_detector(FullyShardedDataParallel(single, device_id=torch.device("cpu")), alpha)
 
 
+def check_deferred(alpha) -> None:
+    """Made on meta, sharded, then filled from a stock checkpoint."""
+    expected, stock = patch_detector(make_pyramid(), alpha), make_pyramid()
+    sharded = fully_shard(
+        copy.deepcopy(expected).to("meta"), mesh=init_device_mesh("cpu", (2,))
+    ).to_empty(device="cpu")
+    options = StateDictOptions(full_state_dict=True, strict=not hasattr(expected, "gates"))
+    set_model_state_dict(sharded, stock.state_dict(), options=options)
+
+    device = torch.device("cpu")
+    wrapped = FullyShardedDataParallel(copy.deepcopy(expected).to("meta"), device_id=device)
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        wrapped.module.load_state_dict(stock.state_dict(), strict=False)
+    for fpn in (sharded, wrapped):
+        torch.testing.assert_close(fpn(make_features()), expected(make_features()))
+
+
 def work(rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
@@ -100,6 +118,9 @@ def work(rank: int, rendezvous: str) -> None:
         # FSDP2 of old torch knows no CPU.
         if not OLD:
             check_fsdp(alpha)
+    if not OLD:
+        for alpha in (0.367, LearnableAlpha([0.1, 0.2, 0.3]), KINDS[-1]):
+            check_deferred(alpha)
     dist.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections import OrderedDict
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alphafpn.pyramid import AttentionAlpha, LearnableAlpha, alpha_parameters
 from alphafpn.surgery import fold_alpha, patch_detector, unpatch_detector
@@ -141,6 +143,50 @@ def test_autocast_gives_the_dtypes_of_stock(kind, norm):
     sum(p.float().square().sum() for p in found.values()).backward()
     for parameter in alpha_parameters(fpn):
         assert parameter.grad.dtype == torch.float32
+
+
+@contextlib.contextmanager
+def autocast(device, dtype):
+    """As `torch.autocast`, which refuses where there is no such device."""
+    torch.set_autocast_dtype(device, dtype)
+    torch.set_autocast_enabled(device, True)
+    yield
+    torch.set_autocast_enabled(device, False)
+    torch.clear_autocast_cache()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("norm", ["no norm", "group"])
+@pytest.mark.parametrize(
+    ("device", "dtype", "kind"),
+    [
+        *(("cuda", torch.float16, kind) for kind in KINDS),
+        *(("cuda", torch.bfloat16, kind) for kind in KINDS),
+        *(("mps", torch.float16, kind) for kind in (list, LearnableAlpha)),
+    ],
+)
+def test_autocast_on_a_gpu_gives_the_dtypes_of_stock(device, dtype, kind, norm, grad):
+    """Needs no GPU: fake tensors have the dtypes that each operation returns on one."""
+    dtypes = []
+    for fpn in (make_patched(kind(FACTORS), norm=norm), make_pyramid(norm)):
+        # The last convolutions would hide which dtype Eq. 1 gave them.
+        seen: list[tuple[torch.dtype, torch.dtype]] = []
+        for block in fpn.layer_blocks:
+            block.register_forward_hook(
+                lambda block, args, output, seen=seen: seen.append((args[0].dtype, output.dtype))
+            )
+        given = fpn.state_dict(), make_features()
+        with FakeTensorMode(), torch.set_grad_enabled(grad):
+            state, x = (
+                {n: torch.empty(t.shape, dtype=t.dtype, device=device) for n, t in tensors.items()}
+                for tensors in given
+            )
+            with autocast(device, dtype):
+                torch.func.functional_call(fpn, state, (x,))
+        dtypes.append(seen)
+    found, expected = dtypes
+    assert len(found) == 4
+    assert found == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)

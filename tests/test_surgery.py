@@ -279,6 +279,32 @@ def test_other_models_stay_as_they_are():
     assert torch.equal(one.fpn.alpha, torch.tensor(FACTORS))
 
 
+@pytest.mark.parametrize("second", KINDS)
+@pytest.mark.parametrize("first", [None, *KINDS])
+def test_patching_in_inference_mode_leaves_factors_that_train(first, second):
+    model = make_detector(None if first is None else first(FACTORS))
+    with torch.inference_mode():
+        patch_detector(model, second([0.5, 0.25, 0.125]))
+    expected = make_detector(second([0.5, 0.25, 0.125]))
+    for each in (model, expected):
+        sum(p.square().sum() for p in each(make_features()).values()).backward()
+    for name, parameter in expected.named_parameters():
+        if not name.endswith("squeeze.weight") and not name.endswith("squeeze.bias"):
+            torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad)
+    assert not any(t.is_inference() for t in model.state_dict().values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_made_in_inference_mode_are_patched_again_outside_of_it(kind):
+    with torch.inference_mode():
+        model = copy.deepcopy(make_detector(kind(FACTORS)))
+    patch_detector(model, kind([0.5, 0.25, 0.125]))
+    with torch.no_grad():
+        assert_equal_maps(
+            model(make_features()), make_detector([0.5, 0.25, 0.125])(make_features())
+        )
+
+
 # Patching again
 
 

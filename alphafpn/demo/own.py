@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from alphafpn.demo.scenes import SIDE, Scene
-from alphafpn.estimate.read import read_annotations
+from alphafpn.estimate.annotations import read_annotations
 from alphafpn.tiny import cut_dataset, read_tile
 
 _MEDIAN_SIZE = 10.0  # to which a user's objects are scaled, in pixels

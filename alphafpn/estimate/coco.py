@@ -1,33 +1,153 @@
-"""COCO-format JSON, and what torchvision's `CocoDetection` holds, as columns."""
+"""COCO JSON as columns: a strict, fast pass, and a tolerant one for the files that it refuses.
+
+A broken annotation is left out for a reason; a broken file raises ValueError.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import mmap
+import json
 import os
 import re
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn, TypeAlias
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.utils.data import Subset
-from torchvision.datasets import CocoDetection
 
-from alphafpn.estimate.columns import (
-    CROWD,
-    IGNORE,
-    MAX_SIDE,
-    OTHER,
-    SIZE,
-    Annotations,
-    clip,
+Id: TypeAlias = int | str
+# Beyond this, float32 can no longer tell one pixel from the next.
+MAX_SIDE = 2**24
+SIZE = f"(height, width), two whole numbers from 1 to {MAX_SIDE}"
+# Why a box is left out, by code. Of several reasons the first counts; 0 means that it is kept.
+REASONS = (
+    "",
+    "other categories",
+    "no box",
+    "not four finite numbers",
+    "negative size",
+    "on no image of the file",
+    "crowd",
+    "ignore",
+    "zero size",
+    "outside the image",
 )
-
+OTHER, NO_BOX, NOT_FINITE, NEGATIVE, NO_IMAGE, CROWD, IGNORE, ZERO, OUTSIDE = range(1, 10)
+_FLAGS = ("iscrowd", "ignore")
+_LARGEST = float(np.finfo(np.float32).max)
+_FILE = "expected a COCO JSON file, found"
+_CONVERT = "; docs/recipes.md#convert-annotations shows how to convert others"
+# What a file that is no JSON may be, by how it begins.
+_OTHER_FORMATS = (
+    (rb"\s*$", "an empty file"),
+    (rb"\x1f\x8b", "a gzip file: unpack it first"),
+    (rb"PK\x03\x04", "a zip file: unpack it first"),
+    (rb"\xff\xfe|\xfe\xff|\0{0,3}[{\[]\0", "UTF-16 or UTF-32 text: save it as UTF-8"),
+    (rb"\s*<", "XML, such as Pascal VOC's" + _CONVERT),
+    (rb"\d+([ \t]+[-+.\de]+){4,}\s*(\n|$)", "a YOLO label file" + _CONVERT),
+    (rb"[^\n,{\[]*(,[^\n,{\[]*){3,}(\n|$)", "a CSV file" + _CONVERT),
+)
 _Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
+@dataclass(frozen=True, eq=False)
+class CocoColumns:
+    """Images and annotations of a COCO file, in the order of the file.
+
+    Attributes:
+        image_ids: Id of each of the M images.
+        image_sizes: (height, width) of each image, int64 `[M, 2]`.
+        image_index: Which image each annotation is on, int64 `[A]`; -1 if it is none of them.
+        boxes: `xywh`, float64 `[A, 4]`; whatever has a code below `CROWD` has no valid box.
+        category_ids: Category of each annotation, or None.
+        listed: The ids in `categories`.
+        reasons: Codes of `REASONS` up to `IGNORE`, int8 `[A]`.
+        num_polygons: How many annotations without a box have a segmentation.
+    """
+
+    image_ids: list[Id]
+    image_sizes: npt.NDArray[np.int64]
+    image_index: npt.NDArray[np.int64]
+    boxes: npt.NDArray[np.float64]
+    category_ids: list[Id | None]
+    listed: set[Id]
+    reasons: npt.NDArray[np.int8]
+    num_polygons: int = 0
+
+
+def read_coco(source: str | os.PathLike[str] | Mapping[str, Any], name: str) -> CocoColumns:
+    """Reads a COCO file, or a mapping like it.
+
+    Args:
+        source: The path, or the mapping.
+        name: What messages call it.
+
+    Raises:
+        ValueError: If there are no lists of images and annotations, an image has no id of its own
+            or no usable size, or no annotation is on one of the images.
+        OSError: If the file cannot be read.
+    """
+    with reading(name):
+        data = source if isinstance(source, Mapping) else read_bytes(source)
+        try:
+            if isinstance(data, bytes):
+                coco = msgspec.json.decode(data, type=_Coco)
+            else:
+                coco = msgspec.convert(data, type=_Coco)
+        except (ValueError, RecursionError):
+            return read_plain(parse(data) if isinstance(data, bytes) else data)
+        return _read_typed(coco)
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Names the data in errors; collects no garbage: that takes longer than the decoding."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    except RecursionError:
+        raise ValueError(f"{name}: {_FILE} it nested too deeply") from None
+    except MemoryError:
+        raise ValueError(
+            f"{name}: expected a file that fits into memory, found none left"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Reads a file whole: a process that maps it is killed when another one shortens the file."""
+    if os.path.isdir(path):
+        raise ValueError(f"{_FILE} a folder{_CONVERT}")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def parse(data: bytes) -> Any:
+    """Parses JSON that may hold NaN and Infinity, a byte order mark and bytes that are no UTF-8."""
+    text = data.decode("utf-8-sig", "surrogateescape")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        for pattern, found in _OTHER_FORMATS:
+            if re.match(pattern, data[:2000]):
+                raise ValueError(f"{_FILE} {found}") from None
+        # The file may be one long line: quote what is there.
+        near = text[max(0, error.pos - 20) : error.pos + 20]
+        place = f"at character {error.pos}, near {near!r}"
+        if not text[error.pos :].strip():
+            place += ", where the file ends"
+        raise ValueError(f"{_FILE} {error.msg!r} {place}") from None
 
 
 class _Image(msgspec.Struct, gc=False):
@@ -40,164 +160,186 @@ class _Annotation(msgspec.Struct, gc=False):
     image_id: _Int64
     category_id: int
     bbox: tuple[float, float, float, float]
-    id: int | str | None = None
     iscrowd: bool | int = 0
     ignore: bool | int = 0
 
 
-class _Category(msgspec.Struct, gc=False):
-    id: int
-
-
 class _Coco(msgspec.Struct):
+    """The needed keys alone: polygons are never built."""
+
     images: list[_Image]
     annotations: list[_Annotation]
-    categories: list[_Category] = []
+    categories: Any = None
 
 
-def decode(path: str | os.PathLike[str], name: str) -> _Coco:
-    """Decodes a COCO file; the types hold the needed keys alone, so polygons are never built."""
-    data: mmap.mmap | bytes
-    with open(path, "rb") as file:
-        try:
-            # Decoding from the page cache spares a copy of the file.
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError):  # a pipe, or an empty file
-            data = file.read()
-    if len(data) == 0:
-        raise ValueError(f"{name}: expected COCO-format JSON, found an empty file")
-    # Nothing decoded can be part of a cycle; looking for some takes longer than decoding.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        return msgspec.json.decode(data, type=_Coco)
-    except RecursionError:
-        raise ValueError(f"{name}: expected COCO-format JSON, found it nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: expected UTF-8, found {error.object[:40]!r}") from error
-    except msgspec.ValidationError as error:
-        raise ValueError(f"{name}: {_explain(error)}") from error
-    except msgspec.DecodeError as error:
-        at = re.search(r"\(byte (\d+)\)", str(error))
-        # The file may be one long line: quote what is there. Without a byte, it is the end.
-        byte = int(at[1]) if at else len(data)
-        near = data[max(0, byte - 20) : byte + 20]
-        raise ValueError(f"{name}: {error}, near {near!r}") from error
-    finally:
-        if collecting:
-            gc.enable()
+def _read_typed(coco: _Coco) -> CocoColumns:
+    """Makes columns of what the strict pass has decoded."""
 
+    def column(structs: list[Any], field: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
+        return np.fromiter(map(attrgetter(field), structs), dtype, len(structs))
 
-def convert(coco: Any, name: str) -> _Coco:
-    """Converts the dicts that a pycocotools `COCO` holds."""
-    try:
-        return msgspec.convert(coco.dataset, type=_Coco)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"{name}: {_explain(error)}") from error
-
-
-def _explain(error: Exception) -> str:
-    if "$" in str(error):
-        return str(error)
-    return f"{error}; expected a COCO-format object with `images` and `annotations`"
-
-
-def coco_selection(dataset: object) -> tuple[Any, list[int]] | None:
-    """Returns the `COCO` object and the image ids of a `CocoDetection`, or of a `Subset` of one."""
-    if isinstance(dataset, CocoDetection):
-        return dataset.coco, dataset.ids
-    if isinstance(dataset, Subset):
-        inner = coco_selection(dataset.dataset)
-        if inner is not None:
-            return inner[0], [inner[1][index] for index in dataset.indices]
-    return None
-
-
-def categories(coco: _Coco) -> set[int]:
-    """Returns the category ids that the file lists or uses."""
-    return {c.id for c in coco.categories} | {a.category_id for a in coco.annotations}
-
-
-def read_coco(
-    coco: _Coco, image_ids: list[int] | None, name: str, wanted: set[int] | None
-) -> Annotations:
-    """Turns decoded annotations into columns, for all images or for those of `image_ids`."""
     images, annotations = coco.images, coco.annotations
-    if annotations and not images:
-        raise ValueError(f"{name}: expected images, found an empty list")
-    ids = _column(images, "id", np.int64)
-    sizes = np.stack([_column(images, side, np.int64) for side in ("height", "width")], axis=1)
-    _check_images(ids, sizes, name)
-
-    owner = _column(annotations, "image_id", np.int64)
-    boxes = _xywh(annotations, name)
-    # Sorted by image, the annotations of an image are one range.
-    ordered, order = (column.numpy() for column in torch.sort(torch.from_numpy(owner), stable=True))
-    unique, inverse = np.unique(ids, return_inverse=True)
-    first = np.searchsorted(ordered, unique, side="left")[inverse]
-    counts = np.searchsorted(ordered, unique, side="right")[inverse] - first
-    if counts.sum() != len(annotations):
-        index = int(np.isin(owner, ids).argmin())
-        raise ValueError(
-            f"{name}: annotations[{index}] (id {annotations[index].id}): expected the id of one of"
-            f" the {len(images)} images as image_id, found {owner[index]}"
-        )
-    if image_ids is not None:
-        position = {image_id: index for index, image_id in enumerate(ids.tolist())}
-        if missing := [image_id for image_id in image_ids if image_id not in position]:
-            raise ValueError(
-                f"{name}: ids: expected ids of the {len(images)} images, found {missing[0]!r}"
-            )
-        take = np.array([position[image_id] for image_id in image_ids], np.int64)
-        sizes, first, counts = sizes[take], first[take], counts[take]
-    start = np.cumsum(counts) - counts
-    rows = order[np.repeat(first - start, counts) + np.arange(counts.sum())]
-
-    flags = (CROWD if a.iscrowd else IGNORE if a.ignore else 0 for a in annotations)
-    reasons = np.fromiter(flags, np.int8, len(annotations))
-    if wanted is not None:
-        others = np.fromiter((a.category_id not in wanted for a in annotations), np.bool_)
-        reasons[others] = OTHER
-    boxes = boxes.take(rows, axis=0)
-    with np.errstate(over="ignore"):
-        boxes[:, 2:] += boxes[:, :2]
-    return clip(sizes, boxes, counts, reasons.take(rows))
-
-
-def _xywh(annotations: list[_Annotation], name: str) -> npt.NDArray[np.float32]:
-    """Returns the boxes as they are in the file, `[A, 4]`."""
-    values = chain.from_iterable(map(attrgetter("bbox"), annotations))
-    numbers = np.fromiter(values, np.float64, 4 * len(annotations))
-    with np.errstate(over="ignore"):
-        boxes = numbers.astype(np.float32).reshape(len(annotations), 4)
-    good = np.isfinite(boxes).all(axis=1) & (boxes[:, 2] >= 0) & (boxes[:, 3] >= 0)
-    if not good.all():
-        index = int(good.argmin())
-        raise ValueError(
-            f"{name}: annotations[{index}] (id {annotations[index].id}): expected a bbox"
-            " [x, y, width, height] that is finite in float32 and has no negative size, found"
-            f" {list(annotations[index].bbox)}"
-        )
-    return boxes
-
-
-def _column(structs: list[Any], field: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
-    return np.fromiter(map(attrgetter(field), structs), dtype, len(structs))
-
-
-def _check_images(ids: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], name: str) -> None:
-    bad = ((sizes < 1) | (sizes > MAX_SIDE)).any(axis=1)
+    ids = column(images, "id", np.int64)
+    image_sizes = np.stack([column(images, side, np.int64) for side in ("height", "width")], axis=1)
+    bad = ((image_sizes < 1) | (image_sizes > MAX_SIDE)).any(axis=1)
     if bad.any():
         index = int(bad.argmax())
+        _refuse_size(index, images[index].id, images[index].height, images[index].width)
+    owners = column(annotations, "image_id", np.int64)
+    image_index = np.full(len(owners), -1)
+    if len(ids):
+        # Sorted first: a search in order is several times as fast.
+        by_owner, by_id = np.argsort(owners, kind="stable"), np.argsort(ids)
+        found = np.searchsorted(ids, owners[by_owner], sorter=by_id)
+        image_index[by_owner] = by_id[found.clip(max=len(ids) - 1)]
+        image_index[ids[image_index] != owners] = -1
+    values = chain.from_iterable(map(attrgetter("bbox"), annotations))
+    columns = CocoColumns(
+        image_ids=ids.tolist(),
+        image_sizes=image_sizes,
+        image_index=image_index,
+        boxes=np.fromiter(values, np.float64, 4 * len(annotations)).reshape(-1, 4),
+        category_ids=list(map(attrgetter("category_id"), annotations)),
+        listed=_listed(coco.categories),
+        reasons=_flags(
+            column(annotations, "iscrowd", np.bool_), column(annotations, "ignore", np.bool_)
+        ),
+    )
+    return _checked(columns, owners[:1].tolist())
+
+
+def read_plain(data: Any, *, need_sizes: bool = True) -> CocoColumns:
+    """Makes columns of what `parse` returned or of a mapping like it, tolerantly.
+
+    Args:
+        data: The data; numbers may be numpy's or torch's.
+        need_sizes: Whether images must have a size; if not, `image_sizes` has no rows.
+
+    Raises:
+        ValueError: As `read_coco` does, without the name.
+    """
+    if not isinstance(data, Mapping):
+        found = "a list, such as detections" if isinstance(data, list) else show(data)
+        raise ValueError(f"expected an object with `images` and `annotations`, found {found}")
+    for key in ("images", "annotations"):
+        if not isinstance(data.get(key), list | tuple):
+            found = show(data[key]) if key in data else f"only {show(list(data))}"
+            raise ValueError(f"expected a list of `{key}`, found {found}")
+    images, annotations = (
+        [entry if isinstance(entry, Mapping) else {} for entry in data[key]]
+        for key in ("images", "annotations")
+    )
+    image_ids, image_sizes = [], []
+    for index, image in enumerate(images):
+        image_id = as_id(image.get("id"))
+        if image_id is None:
+            found = show(image.get("id"))
+            raise ValueError(f"images[{index}]: expected an int or a string as id, found {found}")
+        image_ids.append(image_id)
+        if need_sizes:
+            both = image.get("height"), image.get("width")
+            size = tuple(map(as_id, both))
+            if not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in size):
+                _refuse_size(index, image_id, *both)
+            image_sizes.append(size)
+    position: dict[Id | None, int] = {image_id: index for index, image_id in enumerate(image_ids)}
+    boxes = [as_box(entry.get("bbox")) for entry in annotations]
+    no_box = np.array([not box for box in boxes], np.bool_)
+    reasons = _flags(
+        *(np.array([as_flag(e.get(k)) for e in annotations], np.bool_) for k in _FLAGS)
+    )
+    reasons[no_box] = NO_BOX
+    columns = CocoColumns(
+        image_ids=image_ids,
+        image_sizes=np.array(image_sizes, np.int64).reshape(-1, 2),
+        image_index=np.array(
+            [position.get(as_id(entry.get("image_id")), -1) for entry in annotations], np.int64
+        ),
+        boxes=np.array([box or [0.0] * 4 for box in boxes]).reshape(-1, 4),
+        category_ids=[as_id(entry.get("category_id")) for entry in annotations],
+        listed=_listed(data.get("categories")),
+        reasons=reasons,
+        num_polygons=sum(bool(annotations[i].get("segmentation")) for i in no_box.nonzero()[0]),
+    )
+    return _checked(columns, [entry.get("image_id") for entry in annotations[:1]])
+
+
+def _checked(columns: CocoColumns, first_owner: list[Any]) -> CocoColumns:
+    """Applies the rules that both passes share."""
+    ids = columns.image_ids
+    if len(set(ids)) != len(ids):
+        first: dict[Id, int] = {}
+        index = next(i for i, image_id in enumerate(ids) if first.setdefault(image_id, i) != i)
         raise ValueError(
-            f"{name}: images[{index}] (id {ids[index]}): expected {SIZE}, found"
-            f" {tuple(sizes[index].tolist())}"
+            f"images[{index}]: expected an id of its own, found {show(ids[index])}, which"
+            f" images[{first[ids[index]]}] has"
         )
-    unique, occurrences = np.unique(ids, return_counts=True)
-    if len(unique) != len(ids):
-        repeated = unique[occurrences.argmax()]
-        first, second = np.flatnonzero(ids == repeated)[:2]
+    nowhere, boxes, reasons = columns.image_index < 0, columns.boxes, columns.reasons
+    if len(nowhere) and nowhere.all():
         raise ValueError(
-            f"{name}: images[{second}]: expected an id of its own, found {repeated}, which"
-            f" images[{first}] has"
+            "expected annotations on the images of the file, found none: image_id"
+            f" {show(first_owner[0])} in annotations[0], "
+            + (f"id {show(ids[0])} in images[0]" if ids else "no images")
         )
+    # The last reason given is the one that counts.
+    reasons[nowhere & (reasons != NO_BOX)] = NO_IMAGE
+    reasons[(boxes[:, 2] < 0) | (boxes[:, 3] < 0)] = NEGATIVE
+    finite = np.abs(boxes) <= _LARGEST
+    if not finite.all():
+        reasons[~finite.all(axis=1)] = NOT_FINITE
+    return columns
+
+
+def _flags(crowd: npt.NDArray[np.bool_], ignore: npt.NDArray[np.bool_]) -> npt.NDArray[np.int8]:
+    return np.where(crowd, CROWD, np.where(ignore, IGNORE, 0)).astype(np.int8)
+
+
+def _refuse_size(index: int, image_id: Id, height: Any, width: Any) -> NoReturn:
+    place, found = f"images[{index}] (id {show(image_id)})", f"({show(height)}, {show(width)})"
+    raise ValueError(f"{place}: expected {SIZE}, found {found}")
+
+
+def _listed(categories: Any) -> set[Id]:
+    """Returns the ids that `categories` lists; it may also hold names, or nothing."""
+    entries = categories if isinstance(categories, list | tuple) else []
+    ids = {as_id(entry.get("id")) for entry in entries if isinstance(entry, Mapping)}
+    return {identity for identity in ids if identity is not None}
+
+
+def as_box(value: Any) -> list[float]:
+    """Returns the numbers of a box, infinite ones for anything else; none if there is no box."""
+    value = plain(value)
+    if value is None or value in ([], (), {}, ""):
+        return []
+    numbers = list(map(plain, value)) if isinstance(value, list | tuple) else []
+    if len(numbers) == 4 and all(type(number) in (int, float) for number in numbers):
+        with contextlib.suppress(OverflowError):
+            return list(map(float, numbers))
+    return [np.inf] * 4
+
+
+def plain(value: Any) -> Any:
+    """Returns Python's own value for numpy's or torch's, and None for NaN: pandas writes it so."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return None if isinstance(value, float) and value != value else value
+
+
+def as_id(value: Any) -> Id | None:
+    """Returns an id, a float such as 1.0 as an int; None for anything that is no id."""
+    value = plain(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
+def as_flag(value: Any) -> bool:
+    """Returns whether a flag is set; it may be missing, or a string."""
+    value = plain(value)
+    if isinstance(value, str):
+        return value.strip().lower() not in ("", "0", "0.0", "false", "no", "none", "null")
+    return bool(value)
+
+
+def show(value: Any) -> str:
+    """Returns a value as text that is short and on one line."""
+    return " ".join(reprlib.repr(value).split())

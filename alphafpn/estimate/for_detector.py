@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from alphafpn.estimate.alpha_estimate import AlphaEstimate
 from alphafpn.estimate.anchor_layout import AnchorLayout, describe, largest
+from alphafpn.estimate.annotations import Annotations, read_annotations
 from alphafpn.estimate.checks import check_clamp
-from alphafpn.estimate.columns import Annotations
 from alphafpn.estimate.counting import LevelCounts, count_levels
 from alphafpn.estimate.distinct import check_distinct
 from alphafpn.estimate.fcos import RangeMatcher
 from alphafpn.estimate.matcher import GridMatcher
 from alphafpn.estimate.probe import DetectorProbe
-from alphafpn.estimate.read import read_annotations
 from alphafpn.estimate.resize import Size
 from alphafpn.estimate.search import Matcher
 
@@ -104,7 +103,7 @@ def estimate_probe(
         left_out=dict(annotations.left_out),
         num_clipped=annotations.num_clipped,
         detections_per_image=limit,
-        num_crowded=0 if limit is None else int((annotations.counts > limit).sum()),
+        num_crowded=0 if limit is None else int((annotations.boxes_per_image > limit).sum()),
     )
 
 
@@ -132,7 +131,7 @@ def input_boxes(probe: DetectorProbe, annotations: Annotations, min_size: int | 
         ValueError: If a resized image has no pixels; the message names it.
     """
     # Sizes repeat: work is per different size, and per different padded shape.
-    key = annotations.sizes[:, 0] << 32 | annotations.sizes[:, 1]
+    key = annotations.image_sizes[:, 0] << 32 | annotations.image_sizes[:, 1]
     unique, first, size_of_image = np.unique(key, return_index=True, return_inverse=True)
     index: dict[Size, int] = {}
     layouts: list[AnchorLayout] = []
@@ -150,7 +149,7 @@ def input_boxes(probe: DetectorProbe, annotations: Annotations, min_size: int | 
         layout_of_size[i] = index[padded]
         # `resize_boxes` divides in float32.
         scale[i] = np.asarray(resized, np.float32) / np.asarray(size, np.float32)
-    boxes_per_image = torch.from_numpy(annotations.counts)
+    boxes_per_image = torch.from_numpy(annotations.boxes_per_image)
     # One row (x, y, x, y) per image, then one per box.
     factors = torch.from_numpy(scale[size_of_image][:, ::-1].repeat(2, axis=0).copy())
     boxes = factors.view(-1, 4).repeat_interleave(boxes_per_image, 0)

@@ -1,4 +1,4 @@
-"""What transforms that drop boxes have in common."""
+"""The base class of transforms that drop boxes."""
 
 from __future__ import annotations
 
@@ -15,25 +15,34 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F  # noqa: N812
 
-PER_IMAGE = ("image_id", "original_image_id", "orig_size", "corner")
+# Keys of a target that hold one entry per box in torchvision, COCO, Pascal VOC and TinyPerson. A
+# length tells nothing: with two boxes, an image's (height, width) is as long as its labels.
+PER_BOX = frozenset(
+    {
+        *("boxes", "labels", "scores", "masks", "keypoints", "area", "iscrowd"),
+        *("bbox", "category_id", "id", "segmentation", "num_keypoints", "track_id", "track_ids"),
+        *("difficult", "truncated", "occluded", "pose"),
+        *("ignore", "uncertain", "logo", "in_dense_image"),
+    }
+)
 
 _IMAGES = (PIL.Image.Image, tv_tensors.Image, tv_tensors.Video)
 
 
 class BoxTransform(v2.Transform):  # type: ignore[misc]
-    """A v2 transform that drops boxes, and with them all that belongs to them.
+    """A v2 transform that drops boxes, together with everything that belongs to them.
 
     Modifications of `v2.Transform`: `make_params` is given the image, the boxes (or None) and the
-    target, the dict that holds the boxes (or an empty one). Among what it returns is `kept`, a
-    bool tensor `[N]` on the CPU; only what is kept gets to `transform`.
+    target, the dict that holds the boxes (or an empty one). It returns, among others, `kept`, a
+    bool tensor `[N]` on the CPU; `transform` is given only what is kept.
 
     Args:
-        per_image: Keys of the target whose values are never taken for entries per box.
+        per_box: Keys of the target with one entry per box, in addition to `PER_BOX`.
     """
 
-    def __init__(self, per_image: Sequence[str]) -> None:
+    def __init__(self, per_box: Sequence[str]) -> None:
         super().__init__()
-        self.per_image = (per_image,) if isinstance(per_image, str) else tuple(per_image)
+        self.per_box = (per_box,) if isinstance(per_box, str) else tuple(per_box)
 
     def forward(self, *inputs: Any) -> Any:
         """Transforms a sample of any structure."""
@@ -45,7 +54,7 @@ class BoxTransform(v2.Transform):  # type: ignore[misc]
 
         rest = copy.copy(target)
         for key, entry in target.items():
-            if entry is not image and key not in self.per_image:
+            if entry is boxes or key in PER_BOX or key in self.per_box:
                 rest[key] = _select(entry, params["kept"])
         sample = tree_map(
             lambda node: rest if node is target else node,
@@ -113,10 +122,10 @@ def _target(node: Any) -> dict[str, Any] | None:
 
 
 def _select(entry: Any, kept: Tensor) -> Any:
-    """Returns the parts of an entry whose boxes are kept, or all if it isn't one part per box."""
+    """Returns the parts whose boxes are kept, or the whole entry if it has not one part per box."""
     if isinstance(entry, Tensor):
-        dimensions = 3 if isinstance(entry, tv_tensors.Mask) else 1  # a mask of [H, W] is one alone
-        if isinstance(entry, _IMAGES) or entry.ndim < dimensions or len(entry) != len(kept):
+        dimensions = 3 if isinstance(entry, tv_tensors.Mask) else 1  # a mask [H, W] is a single one
+        if entry.ndim < dimensions or len(entry) != len(kept):
             return entry
         part = entry[kept.to(entry.device)]
         return tv_tensors.wrap(part, like=entry) if isinstance(entry, tv_tensors.TVTensor) else part

@@ -1,96 +1,122 @@
-"""COCO data as written: checked where it is used, and complete with every key nobody asked for."""
+"""COCO annotations and detections with every key that they have, read by `estimate`'s rules."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypeVar
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from alphafpn.estimate.coco import (
+    CROWD,
+    REASONS,
+    CocoColumns,
+    Id,
+    as_id,
+    parse,
+    read_bytes,
+    read_plain,
+    reading,
+    show,
+)
+
 Source: TypeAlias = "str | os.PathLike[str]"
-Box: TypeAlias = tuple[float, float, float, float]
-Kind = TypeVar("Kind")
 
 
-class _HasBox(Protocol):
-    bbox: Box
+class Detections(NamedTuple):
+    """Detections as they were given, and as columns."""
+
+    entries: list[dict[str, Any]]
+    image_index: NDArray[np.int64]
+    boxes: NDArray[np.float64]  # [D, 4], xywh
+    scores: NDArray[np.float64]
 
 
-def read(source: Any, kind: type[Kind], name: str) -> tuple[str, Any, Kind]:
-    """Reads a JSON file or Python objects, twice: as they are and as what is needed of them.
+class _Detection(msgspec.Struct, gc=False):
+    image_id: int | float | str
+    bbox: tuple[float, float, float, float]
+    score: float
+
+
+def read(
+    source: Any, name: str, *, need_sizes: bool = True
+) -> tuple[dict[str, Any], CocoColumns, NDArray[np.int64]]:
+    """Reads a COCO data set.
 
     Args:
-        source: Path to a JSON file, or dicts and lists (numbers may be numpy's or torch's).
-        kind: What to look for and check: a `msgspec.Struct` or a list of them.
-        name: What errors call the data.
+        source: Path to a JSON file, or a dict (numbers may be numpy's or torch's).
+        name: What messages call it.
+        need_sizes: Whether its images must have a size.
 
     Returns:
-        The name with the file's path, the plain data (a copy), and the same data as `kind`.
+        A copy of the data, its columns, and the positions of the annotations that have a valid box
+        on one of the images. A warning says how many have none.
 
     Raises:
-        TypeError: If the data holds objects that are no COCO data.
-        ValueError: If the file is not JSON, or if an entry is missing or mistyped.
+        TypeError: If the data holds objects that JSON cannot.
+        ValueError: If the data is no COCO data set.
+        OSError: If the file cannot be read.
     """
-    if isinstance(source, str | os.PathLike):
-        name = f"{os.fspath(source)}: {name}"
-        try:
-            plain = json.loads(Path(source).read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{name} is not valid JSON: {error}") from error
-    else:
-        plain = msgspec.to_builtins(source, enc_hook=_plain)
+    name, data = _load(source, name)
+    with reading(name):
+        columns = read_plain(data, need_sizes=need_sizes)
+    broken = (columns.reasons > 0) & (columns.reasons < CROWD)
+    if broken.any():
+        totals = np.bincount(columns.reasons[broken], minlength=CROWD)
+        reasons = ", ".join(f"{n} {REASONS[i]}" for i, n in enumerate(totals.tolist()) if n)
+        warnings.warn(f"{name}: annotations left out: {reasons}", stacklevel=3)
+    return data, columns, np.flatnonzero(~broken)
+
+
+def read_detections(source: Any, name: str, image_ids: Sequence[Id]) -> tuple[str, Detections]:
+    """Reads COCO results: a list of detections on the images of `image_ids`.
+
+    Returns:
+        The name with the file's path, and the detections.
+
+    Raises:
+        TypeError: If the data holds objects that JSON cannot.
+        ValueError: If a detection is incomplete or mistyped, its box or score is not finite, its
+            box has a negative size, or its image is none of these.
+        OSError: If the file cannot be read.
+    """
+    name, entries = _load(source, name)
     try:
-        return name, plain, msgspec.convert(plain, kind)
+        found = msgspec.convert(entries, list[_Detection])
     except msgspec.ValidationError as error:
         message, _, place = str(error).partition(" - at `$")
         raise ValueError(f"{name}{place.rstrip('`')}: {message}") from error
+    position: dict[Id | None, int] = {image_id: index for index, image_id in enumerate(image_ids)}
+    detections = Detections(
+        entries,
+        np.array([position.get(as_id(d.image_id), -1) for d in found], np.int64),
+        np.array([detection.bbox for detection in found], np.float64).reshape(-1, 4),
+        np.array([detection.score for detection in found], np.float64),
+    )
+    valid = np.isfinite(detections.boxes).all(1) & (detections.boxes[:, 2:] >= 0).all(1)
+    for key, good, expected in (
+        ("image_id", detections.image_index >= 0, "the id of an image"),
+        ("bbox", valid, "four finite numbers and no negative size"),
+        ("score", np.isfinite(detections.scores), "a finite number"),
+    ):
+        if not good.all():
+            index = int(np.argmin(good))
+            value = show(entries[index][key])
+            raise ValueError(f"{name}[{index}]: expected as {key} {expected}, found {value}")
+    return name, detections
 
 
-def boxes(where: str, entries: Sequence[_HasBox]) -> NDArray[np.float64]:
-    """Reads the boxes of all entries, `[N, 4]` as `xywh`, each finite and of no negative size.
-
-    Raises:
-        ValueError: Naming the first entry whose box is otherwise.
-    """
-    array = np.array([entry.bbox for entry in entries], np.float64).reshape(-1, 4)
-    good = np.isfinite(array).all(1) & (array[:, 2:] >= 0).all(1)
-    if not good.all():
-        index = int(np.argmin(good))
-        expected = "finite numbers and no negative size"
-        raise ValueError(f"{where}[{index}]: bbox {entries[index].bbox}, expected {expected}")
-    return array
-
-
-def positions(where: str, ids: Iterable[int]) -> dict[int, int]:
-    """Finds where each id stands.
-
-    Raises:
-        ValueError: If an id is there twice.
-    """
-    first: dict[int, int] = {}
-    for index, identity in enumerate(ids):
-        if first.setdefault(identity, index) != index:
-            other = f"{where}[{first[identity]}]"
-            raise ValueError(f"{where}[{index}]: id {identity}, expected another than {other} has")
-    return first
-
-
-def references(where: str, ids: Sequence[int], known: dict[int, int]) -> NDArray[np.int64]:
-    """Finds the positions of the images that entries refer to.
-
-    Raises:
-        ValueError: If there is no such image.
-    """
-    found = np.array([known.get(identity, -1) for identity in ids], np.int64)
-    if (found < 0).any():
-        index = int(np.argmax(found < 0))
-        raise ValueError(f"{where}[{index}]: image_id {ids[index]}, expected the id of an image")
-    return found
+def _load(source: Any, name: str) -> tuple[str, Any]:
+    """Returns the name with the file's path, and a copy of the data as plain Python objects."""
+    if isinstance(source, str | os.PathLike):
+        name = f"{os.fspath(source)}: {name}"
+        with reading(name):
+            return name, parse(read_bytes(source))
+    return name, msgspec.to_builtins(source, enc_hook=_plain)
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from alphafpn.tiny._box_transform import PER_IMAGE, BoxTransform, to_xywh
+from alphafpn.tiny._box_transform import BoxTransform, to_xywh
 
 
 class EraseIgnored(BoxTransform):
@@ -28,7 +28,7 @@ class EraseIgnored(BoxTransform):
     Args:
         keys: Keys of the target with one flag per box; a box with any of them set is a region.
             Keys that a target does not have are passed over, but one must be there.
-        per_image: Keys of the target whose values describe the image, as in `ScaleMatch`.
+        per_box: Further keys of the target with one entry per box, as in `ScaleMatch`.
 
     Raises:
         TypeError: If a sample has no image, boxes that are no `BoundingBoxes`, or an image with a
@@ -49,10 +49,10 @@ class EraseIgnored(BoxTransform):
         self,
         keys: Sequence[str] = ("ignore", "uncertain", "logo"),
         *,
-        per_image: Sequence[str] = PER_IMAGE,
+        per_box: Sequence[str] = (),
     ) -> None:
-        super().__init__(per_image)
         self.keys = (keys,) if isinstance(keys, str) else tuple(keys)
+        super().__init__((*self.keys, *([per_box] if isinstance(per_box, str) else per_box)))
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Chooses the `regions` to paint, `[R, 4]` as `xywh`, and which boxes are `kept`, `[N]`."""

@@ -6,14 +6,14 @@ AP and AR are COCO's, from faster-coco-eval; the log-average miss rate (MR) is C
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any, NamedTuple, TypeAlias
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from alphafpn.estimate.coco import Id, as_box, as_flag, as_id, plain, show
 from alphafpn.tiny import _coco
 
 _Floats: TypeAlias = NDArray[np.float64]
@@ -43,42 +43,6 @@ _MIN_VISIBLE = 0.65
 _AP_DETECTIONS, _MR_DETECTIONS = 200, 1000  # the best ones per image and category
 # False positives per image. The hair above the round values admits rates of exactly 0.1 and 1.
 _FPPI = np.logspace(-2, 0, 9) * (1 + 1e-12)
-
-
-class _WithId(msgspec.Struct):
-    id: int
-
-
-class _Annotation(msgspec.Struct, gc=False):
-    id: int
-    image_id: int
-    category_id: int
-    bbox: _coco.Box
-    area: float | None = None
-    size: float | None = None
-    iscrowd: bool | int = False
-    ignore: bool | int = False
-    uncertain: bool | int = False
-    vis: _coco.Box | None = None
-    vis_ratio: float | None = None
-
-    def visible(self) -> float:
-        """Share of the box that `vis`, CityPersons' box of what is visible, makes of it."""
-        (_, _, width, height), vis = self.bbox, self.vis
-        return 1.0 if vis is None or not width * height else vis[3] / height * (vis[2] / width)
-
-
-class _Detection(msgspec.Struct, gc=False):
-    image_id: int
-    category_id: int
-    bbox: _coco.Box
-    score: float
-
-
-class _GroundTruth(msgspec.Struct):
-    images: list[_WithId]
-    annotations: list[_Annotation]
-    categories: list[_WithId]
 
 
 class _Truths(NamedTuple):
@@ -126,6 +90,7 @@ def evaluate_tiny(
     Args:
         ground_truth: COCO dict with `images`, `annotations` and `categories`, or the path of such a
             JSON file. Boxes are `xywh` in pixels. Without `area`, an annotation has its box's.
+            Broken annotations are left out, with a warning.
         detections: COCO results, a list of dicts with `image_id`, `category_id`, `bbox` (`xywh`)
             and `score`, or the path of such a JSON file.
         quirks: Whether the miss rate is the official code's to the last digit. If not, two slips
@@ -142,8 +107,9 @@ def evaluate_tiny(
     Raises:
         ImportError: If faster-coco-eval is not installed.
         TypeError: If an argument is neither COCO data nor a path.
-        ValueError: If a file is not JSON, or an entry is incomplete, of a wrong type, not finite,
-            negative in size, a duplicate, or names an image or category that does not exist.
+        ValueError: If the ground truth is no COCO data set, an annotation has a category that is
+            not listed, or a detection is incomplete, of a wrong type, not finite, negative in size,
+            or of an image or category that does not exist.
 
     Examples:
         >>> person = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [20, 30, 8, 16]}
@@ -153,12 +119,8 @@ def evaluate_tiny(
         >>> {key: round(results[key], 3) for key in ("AP50_tiny", "AP75_tiny", "MR50_small")}
         {'AP50_tiny': 1.0, 'AP75_tiny': 0.0, 'MR50_small': -1.0}
     """
-    name, _, coco = _coco.read(ground_truth, _GroundTruth, "ground_truth")
-    images = _ranks(f"{name}.images", coco.images)
-    categories = _ranks(f"{name}.categories", coco.categories)
-    truths = _truths(f"{name}.annotations", coco.annotations, images, categories)
-    name, _, results = _coco.read(detections, list[_Detection], "detections")
-    found = _detections(name, results, images, categories)
+    truths, images, categories = _truths(ground_truth)
+    found = _detections(detections, images, categories)
     data = truths, found, _overlaps(truths, found), len(images), len(categories)
     return _precisions(*data) | _miss_rates(*data, quirks=quirks)
 
@@ -189,64 +151,73 @@ def _percent(iou: float) -> int:
     return round(100 * iou)
 
 
-def _ranks(where: str, entries: list[_WithId]) -> dict[int, int]:
-    """Places of the ids in ascending order, in which the protocol goes through images."""
-    ids = _coco.positions(where, [entry.id for entry in entries])
-    return {identity: rank for rank, identity in enumerate(sorted(ids))}
+def _truths(ground_truth: Any) -> tuple[_Truths, dict[Id, int], dict[Id, int]]:
+    """Reads the ground truth, and the ranks of its images and categories by id."""
+    coco, columns, rows = _coco.read(ground_truth, "ground_truth", need_sizes=False)
+    used = [columns.category_ids[row] for row in rows.tolist()]
+    # Without a list of categories, they are those of the annotations.
+    listed = columns.listed or {category for category in used if category is not None}
+    images, categories = _ranks(columns.image_ids), _ranks(listed)
+    for row, category in zip(rows.tolist(), used, strict=True):
+        if category not in categories:
+            raise ValueError(
+                f"ground_truth: annotations[{row}]: expected a category_id that `categories` lists,"
+                f" found {show(category)}"
+            )
+    entries = [coco["annotations"][row] for row in rows.tolist()]
 
-
-def _cells(
-    where: str,
-    entries: Sequence[_Annotation | _Detection],
-    images: dict[int, int],
-    categories: dict[int, int],
-) -> _Integers:
-    cells = np.empty(len(entries), np.int64)
-    for index, entry in enumerate(entries):
-        image, category = images.get(entry.image_id), categories.get(entry.category_id)
-        if image is None or category is None:
-            found = f"image_id {entry.image_id}, category_id {entry.category_id}"
-            expected = "an image and a category of the ground truth"
-            raise ValueError(f"{where}[{index}]: {found}, expected {expected}")
-        cells[index] = image + len(images) * category
-    return cells
-
-
-def _floats(where: str, field: str, values: list[float], least: float = 0.0) -> _Floats:
-    array = np.array(values, np.float64)
-    for index in np.flatnonzero(~np.isfinite(array) | (array < least)).tolist():
-        expected = "a finite number" + (" of 0 or more" if least == 0 else "")
-        raise ValueError(f"{where}[{index}]: {field} {values[index]}, expected {expected}")
-    return array
-
-
-def _truths(
-    where: str, entries: list[_Annotation], images: dict[int, int], categories: dict[int, int]
-) -> _Truths:
     def column(field: str, default: _Floats) -> _Floats:
-        values = [getattr(entry, field) for entry in entries]
-        filled = zip(values, default.tolist(), strict=True)
-        return _floats(where, field, [own if value is None else value for value, own in filled])
+        pairs = zip((plain(entry.get(field)) for entry in entries), default.tolist(), strict=True)
+        values = [own if value is None else value for value, own in pairs]
+        for row, value in zip(rows.tolist(), values, strict=True):
+            if not (type(value) in (int, float) and 0 <= value < np.inf):
+                raise ValueError(
+                    f"ground_truth: annotations[{row}]: expected as {field} a finite number of 0 or"
+                    f" more, found {show(value)}"
+                )
+        return np.array(values, np.float64)
 
-    _coco.positions(where, [entry.id for entry in entries])
-    cell = _cells(where, entries, images, categories)
-    bbox = _coco.boxes(where, entries)
+    def flag(field: str) -> _Flags:
+        return np.array([as_flag(entry.get(field)) for entry in entries], np.bool_)
+
+    bbox = columns.boxes[rows]
     area = column("area", bbox[:, 2] * bbox[:, 3])
     size = column("size", np.sqrt(area))
-    hidden = column("vis_ratio", np.array([e.visible() for e in entries])) < _MIN_VISIBLE
-    ignored = np.array([bool(e.ignore or e.uncertain) for e in entries], np.bool_)
-    crowd = np.array([bool(e.iscrowd) for e in entries], np.bool_)
+    visible = column("vis_ratio", np.array([_visible(entry) for entry in entries]))
+    ignored = flag("ignore") | flag("uncertain")
+    ranks = np.array([images[image_id] for image_id in columns.image_ids], np.int64)
+    category = np.array([categories[category] for category in used], np.int64)
+    cell = ranks[columns.image_index[rows]] + len(images) * category
     by = np.argsort(cell, kind="stable")
-    ap_ignored, mr_ignored = ignored | crowd, ignored | hidden
-    return _Truths(cell[by], bbox[by], area[by], size[by], ap_ignored[by], mr_ignored[by])
+    ap_ignored, mr_ignored = ignored | flag("iscrowd"), ignored | (visible < _MIN_VISIBLE)
+    truths = _Truths(cell[by], bbox[by], area[by], size[by], ap_ignored[by], mr_ignored[by])
+    return truths, images, categories
 
 
-def _detections(
-    where: str, entries: list[_Detection], images: dict[int, int], categories: dict[int, int]
-) -> _Detections:
-    cell = _cells(where, entries, images, categories)
-    bbox = _coco.boxes(where, entries)
-    score = _floats(where, "score", [entry.score for entry in entries], least=-np.inf)
+def _ranks(ids: Iterable[Id]) -> dict[Id, int]:
+    """Places of the ids in ascending order, in which the protocol goes through images."""
+    ordered = sorted(ids, key=lambda identity: (isinstance(identity, str), identity))
+    return {identity: rank for rank, identity in enumerate(ordered)}
+
+
+def _visible(entry: Mapping[str, Any]) -> float:
+    """Share of the box that `vis`, CityPersons' box of what is visible, makes of it."""
+    (_, _, width, height), vis = as_box(entry["bbox"]), as_box(entry.get("vis"))
+    return vis[3] / height * (vis[2] / width) if vis and width * height else 1.0
+
+
+def _detections(results: Any, images: dict[Id, int], categories: dict[Id, int]) -> _Detections:
+    name, found = _coco.read_detections(results, "detections", list(images))
+    category = np.empty(len(found.entries), np.int64)
+    for index, entry in enumerate(found.entries):
+        category_id = as_id(entry.get("category_id"))
+        if category_id is None or category_id not in categories:
+            raise ValueError(
+                f"{name}[{index}]: expected as category_id one of the ground truth, found"
+                f" {show(entry.get('category_id'))}"
+            )
+        category[index] = categories[category_id]
+    cell, bbox, score = found.image_index + len(images) * category, found.boxes, found.scores
     by = np.lexsort((-score, cell))
     rank = np.arange(len(by)) - np.searchsorted(cell[by], cell[by])
     by, rank = by[rank < _MR_DETECTIONS], rank[rank < _MR_DETECTIONS]

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -18,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F  # noqa: N812
 
 from alphafpn.tiny import _coco
-from alphafpn.tiny._box_transform import PER_IMAGE, BoxTransform, to_xywh
+from alphafpn.tiny._box_transform import BoxTransform, to_xywh
 
 _Floats: TypeAlias = NDArray[np.float64]
 
@@ -28,39 +27,29 @@ _DRAWS = 5
 _SLACK = 1e-6
 
 
-class _Annotation(msgspec.Struct):
-    bbox: _coco.Box
-    iscrowd: bool | int = False
-    ignore: bool | int = False
-
-
-class _Annotations(msgspec.Struct):
-    annotations: list[_Annotation]
-
-
 def box_sizes(dataset: _coco.Source | Mapping[str, Any]) -> Tensor:
     """Lists the sizes that Scale Match compares: square roots of the areas of a dataset's boxes.
 
     Args:
-        dataset: COCO dict with `annotations`, or the path to one as JSON.
+        dataset: COCO dict with `images` and `annotations`, or the path to one as JSON.
 
     Returns:
         `sqrt(w * h)` in pixels, `[N]` in float64. Boxes marked `iscrowd` or `ignore` and boxes
-        without area are left out.
+        without area are left out; so are broken annotations, with a warning.
 
     Raises:
-        ValueError: If an annotation is incomplete, mistyped, not finite or negative in size.
+        ValueError: If the data is no COCO data set.
 
     Examples:
-        >>> boxes = [{"bbox": [5, 5, 4, 9]}, {"bbox": [0, 0, 8, 8], "ignore": True}]
-        >>> box_sizes({"annotations": boxes})
+        >>> person = {"image_id": 1, "bbox": [5, 5, 4, 9]}
+        >>> crowd = {"image_id": 1, "bbox": [0, 0, 8, 8], "ignore": True}
+        >>> box_sizes({"images": [{"id": 1}], "annotations": [person, crowd]})
         tensor([6.], dtype=torch.float64)
     """
-    name, _, found = _coco.read(dataset, _Annotations, "dataset")
-    boxes = _coco.boxes(f"{name}.annotations", found.annotations)
-    counted = np.array([not (a.iscrowd or a.ignore) for a in found.annotations], np.bool_)
+    _, columns, _ = _coco.read(dataset, "dataset", need_sizes=False)
+    boxes = columns.boxes[columns.reasons == 0]
     sizes = np.sqrt(boxes[:, 2] * boxes[:, 3])
-    return torch.from_numpy(sizes[counted & (sizes > 0)])
+    return torch.from_numpy(sizes[sizes > 0])
 
 
 class ScaleMatch(BoxTransform):
@@ -71,10 +60,14 @@ class ScaleMatch(BoxTransform):
     of equal width hold the rest; sizes are uniform within a bin. A size is drawn again, five times
     at most, while the scale that it asks for is outside of `scale_range`.
 
-    Boxes that end up with a side below 2 pixels are dropped, with all that belongs to them (see
-    `per_image`). Sides are counted inclusively, as by the paper's code: one of w pixels becomes
-    (w - 1) * scale + 1. If no box is left, or there was none, the image is resized by
-    `default_scale` instead and keeps all of its boxes.
+    Boxes that end up with a side below 2 pixels are dropped. Sides are counted inclusively, as in
+    the paper's code: one of w pixels becomes (w - 1) * scale + 1. If no box is left, or there was
+    none, the image is resized by `default_scale` instead and keeps all of its boxes.
+
+    Dropped boxes take their entries with them: those of tensors, arrays, lists and tuples under
+    `labels`, `scores`, `masks`, `keypoints`, `area`, `iscrowd`, `ignore`, `uncertain`, `logo`,
+    `difficult`, `truncated`, `occluded`, the fields of COCO annotations, and the keys in `per_box`.
+    Nothing else is cut, even if it has as many entries as there are boxes.
 
     It takes the place of a resize in a pipeline. Samples are as for all v2 transforms; boxes are
     `tv_tensors.BoundingBoxes` in a dict, the target. As with `v2.Resize`, tv_tensors are resized
@@ -88,8 +81,7 @@ class ScaleMatch(BoxTransform):
         default_scale: Scale for images of which no usable box is left.
         out_of_range: What if all draws are outside of the range: `"clip"` the last one to it, or
             take the `"default"` scale.
-        per_image: Keys of the target whose values describe the image. Every other tensor, array,
-            list or tuple with one entry per box loses the entries of dropped boxes.
+        per_box: Further keys of the target with one entry per box.
 
     Raises:
         TypeError: If a sample has no image, or boxes that are no `BoundingBoxes`.
@@ -111,9 +103,9 @@ class ScaleMatch(BoxTransform):
         scale_range: tuple[float, float] = (0.1, 1.0),
         default_scale: float = 0.25,
         out_of_range: Literal["clip", "default"] = "clip",
-        per_image: Sequence[str] = PER_IMAGE,
+        per_box: Sequence[str] = (),
     ) -> None:
-        super().__init__(per_image)
+        super().__init__(per_box)
         low, high = scale_range
         if not 0 <= low < high < math.inf:
             raise ValueError(f"scale_range {scale_range}, expected 0 <= low < high, both finite")
@@ -187,7 +179,7 @@ class MonotoneScaleMatch(ScaleMatch):
         default_scale: Scale for images of which no usable box is left.
         out_of_range: What to do with a scale outside of the range: `"clip"` it, or take the
             `"default"` scale (which is not monotone).
-        per_image: Keys of the target whose values describe the image.
+        per_box: Further keys of the target with one entry per box.
 
     Raises:
         TypeError: As in `ScaleMatch`.
@@ -210,14 +202,14 @@ class MonotoneScaleMatch(ScaleMatch):
         scale_range: tuple[float, float] = (0.1, 1.0),
         default_scale: float = 0.25,
         out_of_range: Literal["clip", "default"] = "clip",
-        per_image: Sequence[str] = PER_IMAGE,
+        per_box: Sequence[str] = (),
     ) -> None:
         super().__init__(
             target_sizes,
             scale_range=scale_range,
             default_scale=default_scale,
             out_of_range=out_of_range,
-            per_image=per_image,
+            per_box=per_box,
         )
         ordered = np.sort(_sizes("source_sizes", source_sizes))
         ranks = (self._cumulative * len(ordered)).astype(np.int64)

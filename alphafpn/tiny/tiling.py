@@ -9,60 +9,23 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torchvision.ops import nms
 
+from alphafpn.estimate.coco import as_box, as_id, show
 from alphafpn.tiny import _coco
-from alphafpn.tiny._tile_files import read_tile, write_tiles
 
-__all__ = ["cut_dataset", "merge_detections", "read_tile"]
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Whatever else lies in the original's pixels would be wrong in a tile's.
 _NOT_CUT = frozenset({"segmentation", "keypoints", "num_keypoints"})
 # torchvision suppresses above its threshold, the protocol from its own on.
 _JUST_BELOW_HALF = math.nextafter(0.5, 0.0)
-
-_Length = Annotated[int, msgspec.Meta(gt=0)]
-
-
-class _Image(msgspec.Struct):
-    id: int
-    width: _Length
-    height: _Length
-    file_name: str | None = None
-    corner: Any = None
-
-
-class _Annotation(msgspec.Struct):
-    id: int
-    image_id: int
-    bbox: _coco.Box
-
-
-class _Dataset(msgspec.Struct):
-    images: list[_Image]
-    annotations: list[_Annotation]
-
-
-class _Tile(msgspec.Struct):
-    id: int
-    original_image_id: int
-    corner: tuple[int, int, int, int]
-
-
-class _Tiles(msgspec.Struct):
-    images: list[_Tile]
-
-
-class _Detection(msgspec.Struct):
-    image_id: int
-    bbox: _coco.Box
-    score: float
 
 
 def cut_dataset(
@@ -72,8 +35,6 @@ def cut_dataset(
     overlap: tuple[int, int] = (50, 50),
     min_size_ratio: float = 0.7,
     keep_empty: bool = True,
-    images: _coco.Source | None = None,
-    out: _coco.Source | None = None,
 ) -> dict[str, Any]:
     """Cuts the images of a COCO dataset into overlapping tiles.
 
@@ -83,11 +44,8 @@ def cut_dataset(
     A box is clipped to each tile, and is there in those that leave it at least `min_size_ratio` of
     its size, the square root of its area; being marked `ignore` makes no difference to that.
 
-    By default nothing is written, and the tiles keep the `file_name` of their image: `read_tile`
-    reads the region. With `images` and `out`, the tiles are also written, as PNG files in
-    `out/images`, and last of all `out/annotations.json`. Files appear complete or not at all; none
-    is overwritten. A call that was interrupted is resumed by making it again; several at once
-    share the folder in peace. One that was killed may leave a folder `.partial-*`, to be deleted.
+    Nothing is written, and the tiles keep the `file_name` of their image: `read_tile` reads the
+    region.
 
     Args:
         dataset: COCO dict with `images` and `annotations`, or the path to one as JSON.
@@ -95,23 +53,19 @@ def cut_dataset(
         overlap: Pixels that neighbours share, (in x, in y).
         min_size_ratio: Smallest part of its size that a box may keep, from 0 to 1.
         keep_empty: Whether tiles without a box are kept (for testing, they must be).
-        images: Folder that the dataset's `file_name`s start from.
-        out: Folder to write to.
 
     Returns:
         The same dataset with tiles for images. A tile is its image's entry with a new `id`,
         `width` and `height`, and with `corner` (`[x1, y1, x2, y2]` in the image) and
-        `original_image_id`; where files are written, also with the file's name. An annotation has
-        a new `id`, `image_id`, `bbox`, `area` (of the box) and `size` (its square root), the old
-        id as `original_annotation_id`, and every other key as it was, except `segmentation` and
-        keypoints, which are dropped.
+        `original_image_id`. An annotation has a new `id`, `image_id`, `bbox`, `area` (of the box)
+        and `size` (its square root), the old id as `original_annotation_id` if it had one, and
+        every other key as it was, except `segmentation` and keypoints, which are dropped. Broken
+        annotations are left out, with a warning.
 
     Raises:
-        FileExistsError: If there is another file where one would be written.
         TypeError: If the dataset holds what JSON cannot.
-        ValueError: If an option makes no sense; if an entry of the dataset is incomplete, mistyped,
-            not finite, negative in size, there twice, or a tile already; if an annotation's image
-            is not there; or if a file is no image, or not as large as the dataset has it.
+        ValueError: If an option makes no sense; if the data is no COCO data set, or an image has
+            no usable size or is a tile already.
 
     Examples:
         >>> person = {"id": 1, "image_id": 7, "bbox": [600, 10, 20, 30], "ignore": True}
@@ -123,24 +77,19 @@ def cut_dataset(
         [(1, [600.0, 10.0, 20.0, 30.0], True), (2, [10.0, 10.0, 20.0, 30.0], True)]
     """
     _check_options(tile_size, overlap, min_size_ratio)
-    if (images is None) != (out is None):
-        raise ValueError(f"images is {images!r} and out {out!r}, expected both or neither")
-
-    name, coco, found = _coco.read(dataset, _Dataset, "dataset")
-    known = _coco.positions(f"{name}.images", (image.id for image in found.images))
-    _coco.positions(f"{name}.annotations", (annotation.id for annotation in found.annotations))
-    where = f"{name}.annotations"
-    owners = _coco.references(where, [a.image_id for a in found.annotations], known)
-    boxes = _coco.boxes(where, found.annotations)
+    coco, columns, rows = _coco.read(dataset, "dataset")
+    owners, boxes = columns.image_index[rows], columns.boxes[rows]
     by_image = np.argsort(owners, kind="stable")
-    edges = np.searchsorted(owners[by_image], np.arange(len(found.images) + 1))
+    edges = np.searchsorted(owners[by_image], np.arange(len(columns.image_ids) + 1))
 
     tiles: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for index, (image, entry) in enumerate(zip(found.images, coco["images"], strict=True)):
-        if image.corner is not None:
-            raise ValueError(f"{name}.images[{index}]: has a corner, expected no tile but an image")
-        corners = _corners((image.width, image.height), tile_size, overlap)
+    for index, (size, entry) in enumerate(zip(columns.image_sizes, coco["images"], strict=True)):
+        if entry.get("corner") is not None:
+            raise ValueError(
+                f"dataset: images[{index}]: expected an image, found a tile (`corner`)"
+            )
+        corners = _corners((size[1], size[0]), tile_size, overlap)
         own = by_image[edges[index] : edges[index + 1]]
         clipped, kept = _clip(boxes[own], corners, min_size_ratio)
         for corner, tile_boxes, tile_kept in zip(corners.tolist(), clipped, kept, strict=True):
@@ -148,22 +97,55 @@ def cut_dataset(
                 continue
             x1, y1, x2, y2 = corner
             tile = {"id": len(tiles) + 1, "width": x2 - x1, "height": y2 - y1, "corner": corner}
-            tiles.append({**entry, **tile, "original_image_id": image.id})
+            tiles.append({**entry, **tile, "original_image_id": columns.image_ids[index]})
             for position in np.flatnonzero(tile_kept).tolist():
-                original = coco["annotations"][own[position]]
+                original = coco["annotations"][rows[own[position]]]
                 box = tile_boxes[position].tolist()
                 area = box[2] * box[3]
                 annotations.append(
                     {key: value for key, value in original.items() if key not in _NOT_CUT}
                     | {"id": len(annotations) + 1, "image_id": tile["id"], "bbox": box}
                     | {"area": area, "size": math.sqrt(area)}
-                    | {"original_annotation_id": original["id"]}
+                    | ({"original_annotation_id": original["id"]} if "id" in original else {})
                 )
-    result: dict[str, Any] = {**coco, "images": tiles, "annotations": annotations}
-    if images is not None and out is not None:
-        sizes = {image.id: (image.width, image.height) for image in found.images}
-        write_tiles(result, sizes, Path(images), Path(out), name)
-    return result
+    return {**coco, "images": tiles, "annotations": annotations}
+
+
+def read_tile(tile: Mapping[str, Any], images: _coco.Source) -> Image.Image:
+    """Reads a tile's pixels: its region of the image's file, or the whole of a file of its size.
+
+    Args:
+        tile: An entry of `images` in what `cut_dataset` returned.
+        images: Folder that its `file_name` starts from.
+
+    Returns:
+        The tile in RGB, as `torchvision.datasets.CocoDetection` would give it.
+
+    Raises:
+        OSError: If the file is missing or no complete image.
+        ValueError: If the image is too small.
+
+    Examples:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> tile = {"id": 1, "width": 4, "height": 3, "corner": [5, 0, 9, 3], "file_name": "a.png"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (9, 6)).save(Path(folder, "a.png"))
+        ...     read_tile(tile, folder).size
+        (4, 3)
+    """
+    from PIL import Image
+
+    path = Path(images) / tile["file_name"]
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    if image.size == (tile["width"], tile["height"]):
+        return image
+    _, _, right, bottom = tile["corner"]
+    if right > image.width or bottom > image.height:
+        expected = f"at least {right} x {bottom} for tile {tile['id']}"
+        raise ValueError(f"{path}: expected {expected}, found {image.width} x {image.height}")
+    return image.crop(tile["corner"])
 
 
 def merge_detections(
@@ -199,30 +181,34 @@ def merge_detections(
         >>> merge_detections([left, right], tiles)
         [{'image_id': 7, 'bbox': [600.0, 12.0, 20.0, 30.0], 'score': 0.8}]
     """
-    tiles_name, _, cut = _coco.read(tiles, _Tiles, "tiles")
-    known = _coco.positions(f"{tiles_name}.images", (tile.id for tile in cut.images))
-    name, results, found = _coco.read(detections, list[_Detection], "detections")
-    owners = _coco.references(name, [detection.image_id for detection in found], known)
-    boxes = _coco.boxes(name, found)
-    scores = np.array([detection.score for detection in found], np.float64)
-    if not np.isfinite(scores).all():
-        index = int(np.argmin(np.isfinite(scores)))
-        raise ValueError(f"{name}[{index}]: score {scores[index]}, expected a finite number")
-
-    boxes[:, :2] += np.array([t.corner[:2] for t in cut.images], np.float64).reshape(-1, 2)[owners]
-    image = np.array([tile.original_image_id for tile in cut.images], np.int64)[owners]
+    cut, columns, _ = _coco.read(tiles, "tiles", need_sizes=False)
+    _, found = _coco.read_detections(detections, "detections", columns.image_ids)
+    originals, corners = [], np.empty((len(columns.image_ids), 2))
+    for index, tile in enumerate(cut["images"]):
+        originals.append(as_id(tile.get("original_image_id")))
+        corner = as_box(tile.get("corner"))
+        if originals[-1] is None or not np.isfinite(corner).all() or not corner:
+            raise ValueError(
+                f"tiles: images[{index}]: expected `corner` and `original_image_id`, as"
+                f" cut_dataset gives them, found {show(tile)}"
+            )
+        corners[index] = corner[:2]
+    boxes = found.boxes
+    boxes[:, :2] += corners[found.image_index]
+    first = {original: index for index, original in reversed(list(enumerate(originals)))}
+    image = np.array([first[original] for original in originals], np.int64)[found.image_index]
     # IoU with one pixel added is the plain IoU of boxes whose far corners are one pixel further.
     grown = torch.from_numpy(np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:] + 1]))
     by_image = np.argsort(image, kind="stable")
-    kept = np.zeros(len(found), np.bool_)
+    kept = np.zeros(len(boxes), np.bool_)
     for own in np.split(by_image, np.flatnonzero(np.diff(image[by_image])) + 1):
-        best = nms(grown[own], torch.from_numpy(scores[own]), _JUST_BELOW_HALF)
+        best = nms(grown[own], torch.from_numpy(found.scores[own]), _JUST_BELOW_HALF)
         kept[own[best.numpy()]] = True
-    for result, image_id, box in zip(results, image.tolist(), boxes.tolist(), strict=True):
-        result.update(image_id=image_id, bbox=box)
+    for result, index, box in zip(found.entries, image.tolist(), boxes.tolist(), strict=True):
+        result.update(image_id=originals[index], bbox=box)
         for key in _NOT_CUT & result.keys():
             del result[key]
-    return list(compress(results, kept.tolist()))
+    return list(compress(found.entries, kept.tolist()))
 
 
 def _check_options(

@@ -1,13 +1,15 @@
 """COCO data at one size: images in one array, boxes in the pixels that the network sees.
 
-Every batch is a function of seed and step alone, so that a run can go on from any step.
+Every batch follows from seed and step alone, so that a training can go on from any step.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,73 +19,57 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F  # noqa: N812
 from tqdm import tqdm
 
 from alphafpn.tiny import EraseIgnored
-from benchmarks.paper.config import Config, digest, hash_of
+from benchmarks.records import digest, key_of
 
 _KEPT_SHARE = 0.49  # of a box's area; what is left of others is background
 _TRIES = 10
 _FLAGS = ("ignore", "uncertain", "iscrowd")
-PADDING = 114
 
 
 class Split:
-    """The images and boxes of one annotation file, resized to one size.
+    """The images and boxes of one annotation file, resized to one size, without dense images.
+
+    Args:
+        path: COCO annotations of one class.
+        images: Folder that file names start from.
+        size: (height, width) that images are resized to.
+        cache: Folder for the decoded images.
+        erase: Whether regions to ignore are painted over.
 
     Attributes:
-        coco: the annotations at that size, regions to ignore included: what to judge against.
-        boxes: per image [n, 4] (xyxy, float32), without ignored ones and those of at most a pixel.
-        labels: per image int64 [n], from 1.
+        coco: The annotations at that size, with the regions to ignore: what to evaluate against.
+        boxes: For each image [n, 4] (xyxy, float32), without ignored ones and those of at most a
+            pixel.
+        pixels: The images, uint8 [N, H, W, 3], mapped to memory.
     """
 
-    def __init__(self, config: Config, path: str, runs: str, *, erase: bool) -> None:
-        self.size = config.size
-        self.coco = _resized(json.loads(Path(path).read_bytes()), config)
-        self.categories = sorted(category["id"] for category in self.coco["categories"])
-        label = {category: n for n, category in enumerate(self.categories, start=1)}
+    def __init__(
+        self, path: Path, images: Path, size: tuple[int, int], cache: Path, *, erase: bool
+    ) -> None:
+        self.size = size
+        self.coco = _resized(json.loads(path.read_bytes()), size)
         by_image: dict[int, list[Any]] = {image["id"]: [] for image in self.coco["images"]}
         for annotation in self.coco["annotations"]:
             by_image[annotation["image_id"]].append(annotation)
-        self.boxes, self.labels = [], []
-        for image in self.coco["images"]:
-            own = [a for a in by_image[image["id"]] if not any(a.get(flag) for flag in _FLAGS)]
-            clipped = _clipped(_xyxy(own), *self.size)
-            usable = (clipped[:, 2:] - clipped[:, :2] > 1).all(1)
-            self.boxes.append(clipped[usable])
-            labels = np.array([label[a["category_id"]] for a in own], np.int64)
-            self.labels.append(labels[usable])
-        files = [image["file_name"] for image in self.coco["images"]]
-        content = {"files": files, "size": self.size, "images": str(config.images)}
-        if erase:
-            content["json"] = digest(path)
-        self._cache = Path(runs) / "cache" / f"{Path(path).stem}-{hash_of(content)}.npy"
-        if not self._cache.exists():
-            self._decode(by_image if erase else {}, Path(config.images))
+        self.boxes: list[NDArray[np.float32]] = []
+        for own in by_image.values():
+            clipped = _clipped(_xyxy([a for a in own if not _ignored(a)]), *size)
+            self.boxes.append(clipped[(clipped[:, 2:] - clipped[:, :2] > 1).all(1)])
+        content = {"json": digest(path), "size": size, "images": str(images), "erase": erase}
+        file = cache / f"{path.stem}-{key_of(content)}.npy"
+        if not file.exists():
+            self._decode(file, by_image if erase else {}, images)
+        # Copy on write: torch wants arrays that it may write to. Nothing does.
+        self.pixels = torch.from_numpy(np.load(file, mmap_mode="c"))
 
-    def __len__(self) -> int:
-        return len(self.boxes)
-
-    def boxes_by_category(self) -> dict[str, dict[str, int]]:
-        """How many boxes there are of each category, by name, where there are several."""
-        if len(self.categories) == 1:
-            return {}
-        names = {c["id"]: c.get("name", str(c["id"])) for c in self.coco["categories"]}
-        counts = np.bincount(np.concatenate(self.labels), minlength=1 + len(self.categories))
-        pairs = zip(self.categories, counts[1:].tolist(), strict=True)
-        return {"categories": {names[category]: count for category, count in pairs}}
-
-    def open(self) -> Tensor:
-        """The images, uint8 [N, H, W, 3], mapped to memory."""
-        # Copy on write: torch wants arrays that it may write to. Nobody does.
-        return torch.from_numpy(np.load(self._cache, mmap_mode="c"))
-
-    def _decode(self, erase: dict[int, list[Any]], folder: Path) -> None:
-        """Write the cache: whoever reads it sees all of it or nothing."""
-        self._cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._cache.with_suffix(f".{os.getpid()}.partial")
-        shape = (len(self), *self.size, 3)
+    def _decode(self, file: Path, erase: dict[int, list[Any]], folder: Path) -> None:
+        """Writes the cache: whoever reads it sees all of it or nothing."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        shape = (len(self.boxes), *self.size, 3)
         array = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
 
         def one(index: int) -> None:
@@ -97,114 +83,89 @@ class Split:
                 boxes = tv_tensors.BoundingBoxes(
                     _xyxy(own), format="XYXY", canvas_size=self.size, dtype=torch.float32
                 )
-                ignored = [any(a.get(flag) for flag in _FLAGS) for a in own]
-                target = {"boxes": boxes, "ignore": ignored}
+                target = {"boxes": boxes, "ignore": [_ignored(a) for a in own]}
                 erased, _ = EraseIgnored()(tv_tensors.Image(pixels), target)
                 array[index] = erased.permute(1, 2, 0).numpy()
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            indices = range(len(self))
-            for _ in tqdm(pool.map(one, indices), f"decoding {self._cache.stem}", len(self)):
+            indices = range(len(self.boxes))
+            for _ in tqdm(pool.map(one, indices), f"decoding {file.stem}", len(indices)):
                 pass
         array.flush()
-        os.replace(partial, self._cache)
+        os.replace(partial, file)
 
 
+@dataclass(frozen=True)
 class Batches:
-    """Random crops and flips of a split.
+    """Random squares of a split's images, mirrored half of the time.
 
-    Args:
-        split: the images and boxes.
-        config: its seed, batch size and crop size.
-        resize: a v2 transform to resize each image by, such as Scale Match, or None.
+    Attributes:
+        split: The images and boxes.
+        crop: Side of the squares.
+        batch: How many there are in a batch.
+        seed: Of order, places and mirroring.
     """
 
-    def __init__(self, split: Split, config: Config, resize: Any = None) -> None:
-        self.split = split
-        self.config = config
-        self.crop = (config.crop, config.crop) if config.crop else config.size
-        self.resize = resize
+    split: Split
+    crop: int
+    batch: int
+    seed: int
 
-    def __call__(
-        self, images: Tensor, step: int, rank: int = 0, world: int = 1
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """One rank's share of a step's batch.
+    def __iter__(self) -> Iterator[int]:
+        """The numbers of the batches, without end."""
+        step = 0
+        while True:
+            yield step
+            step += 1
+
+    def at(self, step: int, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """A batch.
 
         Args:
-            images: what the split's `open` returned, on any device.
-            step: from 0.
-            rank: of this process.
-            world: number of processes.
+            step: Its number.
+            pixels: The split's images, on any device.
 
         Returns:
-            Pixels uint8 [B, h, w, 3] on the device of `images`; boxes float32 [n, 4] (xyxy) and
-            labels int64 [n] per image, on the CPU.
+            Pixels uint8 [B, crop, crop, 3] on that device; boxes float32 [n, 4] (xyxy) of each
+            image, on the CPU.
         """
-        pixels, boxes, labels = [], [], []
-        for place in range(rank, self.config.batch, world):
-            crop, found, kind = self._sample(images, step, place)
-            pixels.append(crop)
-            boxes.append(torch.from_numpy(found))
-            labels.append(torch.from_numpy(kind))
-        return torch.stack(pixels), boxes, labels
+        samples = [self._sample(pixels, step, place) for place in range(self.batch)]
+        return torch.stack([crop for crop, _ in samples]), [boxes for _, boxes in samples]
 
-    def boxes_alone(self, count: int) -> list[tuple[tuple[int, int], Tensor]]:
+    def items(self, count: int) -> list[tuple[tuple[int, int], Tensor]]:
         """((height, width), boxes) of the first `count` samples, as the network sees them."""
         blank = torch.zeros(1, 1, 1, 3, dtype=torch.uint8)
-        blank = blank.expand(len(self.split), *self.split.size, 3)
-        samples = (divmod(n, self.config.batch) for n in range(count))
-        found = (self._sample(blank, step, place)[1] for step, place in samples)
-        return [(self.crop, torch.from_numpy(boxes)) for boxes in found]
+        blank = blank.expand(len(self.split.boxes), *self.split.size, 3)
+        samples = (divmod(number, self.batch) for number in range(count))
+        size = (self.crop, self.crop)
+        return [(size, self._sample(blank, step, place)[1]) for step, place in samples]
 
-    def _sample(
-        self, images: Tensor, step: int, place: int
-    ) -> tuple[Tensor, NDArray[np.float32], NDArray[np.int64]]:
-        seed, total = self.config.seed, len(self.split)
-        epoch, offset = divmod(step * self.config.batch + place, total)
-        index = int(np.random.default_rng([seed, 0, epoch]).permutation(total)[offset])
-        rng = np.random.default_rng([seed, 1, step, place])
-        image, boxes, labels = images[index], self.split.boxes[index], self.split.labels[index]
-        if self.resize is not None:
-            torch.manual_seed(int(rng.integers(2**63)))
-            image, boxes, labels = self._matched(image, boxes, labels)
-        height, width = self.crop
-        # As the paper leaves out tiles without objects: look for a place that has one.
+    def _sample(self, pixels: Tensor, step: int, place: int) -> tuple[Tensor, Tensor]:
+        total, side = len(self.split.boxes), self.crop
+        epoch, offset = divmod(step * self.batch + place, total)
+        index = int(np.random.default_rng([self.seed, 0, epoch]).permutation(total)[offset])
+        rng = np.random.default_rng([self.seed, 1, step, place])
+        image, boxes = pixels[index], self.split.boxes[index]
+        # The paper leaves out tiles without objects: look for a place that has one.
         for _ in range(_TRIES):
-            y, x = (
-                int(rng.integers(a - b + 1)) for a, b in zip(image.shape, self.crop, strict=False)
-            )
-            clipped = _clipped(boxes - np.array([x, y, x, y], np.float32), height, width)
+            y, x = (int(rng.integers(length - side + 1)) for length in image.shape[:2])
+            clipped = _clipped(boxes - np.array([x, y, x, y], np.float32), side, side)
             sides, whole = clipped[:, 2:] - clipped[:, :2], boxes[:, 2:] - boxes[:, :2]
             kept = (sides > 1).all(1) & (sides.prod(1) >= _KEPT_SHARE * whole.prod(1))
             if kept.any():
                 break
-        crop, found = image[y : y + height, x : x + width], clipped[kept]
+        crop, found = image[y : y + side, x : x + side], clipped[kept]
         if rng.random() < 0.5:
             crop = crop.flip(1)
             found = found[:, [2, 1, 0, 3]]
-            found[:, [0, 2]] = width - found[:, [0, 2]]
-        return crop, found, labels[kept]
-
-    def _matched(
-        self, image: Tensor, boxes: NDArray[np.float32], labels: NDArray[np.int64]
-    ) -> tuple[Tensor, NDArray[np.float32], NDArray[np.int64]]:
-        """A sample after `resize`, padded to the crop's size where it has become smaller."""
-        canvas = (image.shape[0], image.shape[1])
-        target = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=canvas),
-            "labels": torch.from_numpy(labels),
-        }
-        resized, target = self.resize(tv_tensors.Image(image.permute(2, 0, 1)), target)
-        missing = [max(0, a - b) for a, b in zip(self.crop, resized.shape[1:], strict=True)]
-        padded = F.pad(resized.as_subclass(Tensor), [0, 0, missing[1], missing[0]], fill=PADDING)
-        found = target["boxes"].as_subclass(Tensor).numpy().astype(np.float32)
-        return padded.permute(1, 2, 0), found, target["labels"].numpy()
+            found[:, [0, 2]] = side - found[:, [0, 2]]
+        return crop, torch.from_numpy(found)
 
 
-def _resized(coco: dict[str, Any], config: Config) -> dict[str, Any]:
+def _resized(coco: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     """Annotations at the size that the network sees."""
-    height, width = config.size
-    images = [i for i in coco["images"] if config.dense or not i.get("dense")]
+    height, width = size
+    images = [image for image in coco["images"] if not image.get("dense")]
     scale = {i["id"]: (width / i["width"], height / i["height"]) for i in images}
     annotations = []
     for annotation in coco["annotations"]:
@@ -215,6 +176,10 @@ def _resized(coco: dict[str, Any], config: Config) -> dict[str, Any]:
             annotations.append({**annotation, "bbox": bbox, "area": bbox[2] * bbox[3]})
     images = [{**i, "height": height, "width": width} for i in images]
     return {**coco, "images": images, "annotations": annotations}
+
+
+def _ignored(annotation: dict[str, Any]) -> bool:
+    return any(annotation.get(flag) for flag in _FLAGS)
 
 
 def _xyxy(annotations: list[Any]) -> NDArray[np.float32]:

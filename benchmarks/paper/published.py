@@ -1,16 +1,16 @@
-"""Rebuild the paper's S-alpha from real boxes, and write docs/published-factors.md.
+"""Rebuilds the paper's S-alpha from real boxes, for the page of tables.
 
-    python -m benchmarks.paper.published --tinyperson BOXES.json --citypersons BOXES.json
+    ALPHAFPN_DATA=/data python -m benchmarks.paper.published
 
-TinyPerson is cut into tiles as for the paper's training, and its boxes are matched to the anchors
-of the paper's code, which are not torchvision's: they are centred on their cells and rounded
-differently. CityPersons is counted as it is and divided by four, which makes it Tiny CityPersons.
+TinyPerson is cut into tiles as for the paper's training. Its boxes are matched to the anchors of
+the paper's code: they are centred on their cells and rounded differently from torchvision's.
+CityPersons is counted as it is and divided by four, which makes it Tiny CityPersons.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from alphafpn import AlphaEstimate, AnchorLayout, estimate_alpha
 from alphafpn.tiny import cut_dataset
+from benchmarks.markdown import write
+from benchmarks.records import FOLDER
 
 STRIDES = (4, 8, 16, 32, 64)
 RETINANET = {
@@ -34,7 +36,7 @@ FASTER_RCNN = {
 # The paper's configurations, finest edge first.
 PUBLISHED = {"Adaptive RetinaNet": (0.368, 0.387, 0.367), "Faster R-CNN": (0.48, 0.66, 1.06)}
 ANCHORS: dict[str, dict[str, Any]] = {"Adaptive RetinaNet": RETINANET, "Faster R-CNN": FASTER_RCNN}
-_PAGE_FILE = Path(__file__).resolve().parents[2] / "docs" / "published-factors.md"
+_EDGES = ("P3 -> P2", "P4 -> P3", "P5 -> P4")
 
 
 def legacy_cells(stride: int, sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
@@ -119,107 +121,57 @@ def divided(boxes: dict[tuple[int, int], list[Tensor]], by: int) -> dict[Any, li
     }
 
 
-def tinyperson_table(coco: dict[str, Any]) -> list[str]:
-    """Published factors beside ours."""
-    lines = ["| | P3 to P2 | P4 to P3 | P5 to P4 | boxes |", "|---|---|---|---|---|"]
+def tinyperson_rows(coco: dict[str, Any]) -> list[list[object]]:
+    """The published factors, and ours."""
     tiles = {
         "ours, all images": tiles_of(coco, dense=True),
         "ours, without dense images": tiles_of(coco, dense=False),
     }
+    rows: list[list[object]] = []
     for name, anchors in ANCHORS.items():
-        figures = " | ".join(f"{value:g}" for value in PUBLISHED[name])
-        lines.append(f"| **{name}**, published | {figures} | |")
+        rows.append([f"{name}, published", *(f"{value:g}" for value in PUBLISHED[name]), ""])
         for title, boxes in tiles.items():
             estimate = count(boxes, anchors)
-            figures = " | ".join(f"{ratio:.3f}" for ratio in estimate.ratios)
-            lines.append(f"| {title} | {figures} | {estimate.num_boxes} |")
-    return lines
+            ratios = (f"{ratio:.3f}" for ratio in estimate.ratios)
+            rows.append([f"{name}, {title}", *ratios, estimate.num_boxes])
+    return rows
 
 
-def citypersons_table(coco: dict[str, Any]) -> list[str]:
-    """Which levels CityPersons' boxes belong to, as it is and divided by four."""
+def citypersons_rows(coco: dict[str, Any]) -> list[list[object]]:
+    """On which levels the boxes of CityPersons lie, as they are and divided by four."""
     full = boxes_by_size(coco)
     quarter = divided(full, 4)
-    rows: list[tuple[str, Any, dict[str, int]]] = [
+    cases: list[tuple[str, Any, dict[str, int]]] = [
         ("2048x1024, anchors 8-128", full, {}),
         ("2048x1024, anchors 32-512", full, {"scale": 4}),
         ("2048x1024, anchors 32-512, strides 16-256", full, {"scale": 4, "strides": 4}),
         ("512x256 (Tiny CityPersons), anchors 8-128", quarter, {}),
         ("512x256 (Tiny CityPersons), anchors 32-512", quarter, {"scale": 4}),
     ]
-    lines = [
-        "| | P2 | P3 | P4 | P5 | P6 | P3 to P2 | P4 to P3 | P5 to P4 |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for title, boxes, how in rows:
+    rows: list[list[object]] = []
+    for title, boxes, how in cases:
         estimate = count(boxes, RETINANET, **how)
         shares = [f"{100 * n / sum(estimate.counts):.1f} %" for n in estimate.counts]
-        ratios = [f"{ratio:.2f}" for ratio in estimate.ratios]
-        lines.append(f"| {' | '.join([title, *shares, *ratios])} |")
-    return lines
-
-
-def page(tinyperson: dict[str, Any], citypersons: dict[str, Any]) -> str:
-    """The whole page."""
-    return _PAGE.format(
-        tinyperson="\n".join(tinyperson_table(tinyperson)),
-        citypersons="\n".join(citypersons_table(citypersons)),
-    )
-
-
-_PAGE = """\
-# The published factors, rebuilt
-
-Does counting give the factors that the paper states? This page counts the paper's data sets anew;
-`python -m benchmarks.paper.published` writes it.
-
-## TinyPerson
-
-The paper states its S-alpha for TinyPerson. These are the same ratios, `N[i+1] / N[i]`, counted
-anew from the boxes of the train set: images cut into 640x512 tiles that overlap by 50 pixels, boxes
-kept where at least 0.49 of their area is inside a tile and both sides are longer than a pixel, and
-each given to the level of its one best anchor.
-
-{tinyperson}
-
-The counts are not expected to agree to the last digit: the sizes of some of the images are guesses,
-and most of the flags of regions to ignore are not in the boxes that we had.
-
-The anchors here are those of the paper's code. They are not torchvision's: an anchor is centred on
-its cell, not on the cell's corner, and only the shape that fills the cell is rounded. For objects
-of a few pixels this moves boxes from level to level. So these layouts serve to check the published
-numbers; to train a detector, use `estimate_alpha_for`, which counts with its own anchors.
-
-## CityPersons and Tiny CityPersons
-
-Tiny CityPersons is CityPersons divided by four. What decides which level a box belongs to is its
-size against the anchors' sizes, so the division by itself changes nothing for a detector whose
-anchors are divided as well: compare the second row with the fourth. The third row is the same as
-the fourth by construction, as everything is four times as large, the grid too; what is left between
-the second and the fourth is the grid, which is four times as coarse for the small images, so that a
-box finds its best anchor a little further away.
-
-With the same anchors, on the other hand, the division moves the objects by two levels: compare the
-first row with the fourth. Factors that were counted on CityPersons are then far from those of Tiny
-CityPersons, though the pictures show the same.
-
-{citypersons}
-
-Boxes marked to be ignored are left out. The anchors are the RetinaNet's of the first table, where
-32-512 stands for all of them four times as large.
-"""
+        rows.append([title, *shares, *(f"{ratio:.2f}" for ratio in estimate.ratios)])
+    return rows
 
 
 def main() -> None:
-    """Write the page."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tinyperson", type=Path, required=True, help="COCO boxes, full images")
-    parser.add_argument("--citypersons", type=Path, required=True, help="COCO boxes")
-    parser.add_argument("--out", type=Path, default=_PAGE_FILE)
-    options = parser.parse_args()
-    data = [json.loads(path.read_bytes()) for path in (options.tinyperson, options.citypersons)]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(page(*data), encoding="utf-8")
+    """Writes both tables into the folder of results."""
+    data = Path(os.environ["ALPHAFPN_DATA"])
+    tables = {
+        "tinyperson": (
+            ["", *_EDGES, "boxes"],
+            tinyperson_rows(json.loads((data / "tinyperson_native_boxes.json").read_bytes())),
+        ),
+        "citypersons": (
+            ["", *(f"P{level}" for level in range(2, 7)), *_EDGES],
+            citypersons_rows(json.loads((data / "citypersons_train_boxes.json").read_bytes())),
+        ),
+    }
+    for name, (header, rows) in tables.items():
+        lines = ["\t".join(map(str, row)) for row in (header, *rows)]
+        write(FOLDER / f"factors-{name}.tsv", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,43 +2,58 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
-import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch.utils.data import Subset
-from torchvision.datasets import CocoDetection
 
-from alphafpn.estimate.coco import decode
-from alphafpn.estimate.read import read_annotations
-from tests.annotation_sets import (
-    EXPECTED,
-    assert_equals,
-    coco_files,
-    reference,
-    write,
-)
-from tests.malformed import MALFORMED, annotation, coco
+from alphafpn.estimate.annotations import Annotations, read_annotations
+from alphafpn.estimate.coco import read_coco
+from tests.annotation_sets import assert_equals, coco_files, reference, write
+from tests.malformed import LEFT_OUT, MALFORMED, READ, annotation, coco
+
+BOXES = [[10, 20, 40, 60], [10, 20, 40, 60]]
 
 
-class TestCocoFile:
+def read_bytes(path: Path, content: bytes) -> Annotations:
+    path.write_bytes(content)
+    return read_annotations(path)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "annotations.json"
+
+
+class TestRead:
     @settings(max_examples=100, deadline=None)
-    @given(content=coco_files(), category_ids=st.one_of(st.none(), st.sets(st.integers(1, 4))))
+    @given(
+        content=coco_files(),
+        category_ids=st.one_of(st.none(), st.sets(st.integers(1, 4))),
+        tolerant=st.booleans(),
+    )
     def test_equals_torchvisions_references(
         self,
         content: dict[str, Any],
         category_ids: set[int] | None,
+        tolerant: bool,
         tmp_path_factory: pytest.TempPathFactory,
     ) -> None:
+        if tolerant:
+            content["annotations"].append(annotation(image_id=content["images"][0]["id"], bbox=[]))
         path = write(tmp_path_factory.getbasetemp(), content)
+        if tolerant:
+            content["annotations"].pop()
         expected = reference(content, category_ids)
         total = sum(len(boxes) for _, boxes in expected)
         if total == 0:
@@ -47,17 +62,62 @@ class TestCocoFile:
             return
         found = read_annotations(path, category_ids=category_ids)
         assert_equals(found, expected)
-        assert sum(found.left_out.values()) == len(content["annotations"]) - total
+        assert sum(found.left_out.values()) == len(content["annotations"]) - total + tolerant
         assert all(found.left_out.values())
 
-    def test_reasons(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("name", READ)
+    def test_files_as_people_have_them(self, path: Path, name: str) -> None:
+        found = read_bytes(path, READ[name])
+        assert found.boxes.tolist() == BOXES
+        assert found.boxes_per_image.tolist() == [1, 1]
+        assert found.left_out == {}
+        assert set(found.notes) <= {"boxes are of a category that `categories` does not list"}
+
+    @pytest.mark.parametrize("name", LEFT_OUT)
+    def test_a_broken_annotation_is_left_out_for_a_reason(self, path: Path, name: str) -> None:
+        changes, reason = LEFT_OUT[name]
+        content = coco()
+        content["annotations"].insert(1, annotation(**changes))
+        found = read_bytes(path, json.dumps(content).replace('"null"', "null").encode())
+        assert found.boxes.tolist() == BOXES
+        assert found.boxes_per_image.tolist() == [1, 1]
+        assert found.left_out == {reason: 1}
+
+    @pytest.mark.parametrize("entry", [None, [], 5, "annotation", {}])
+    def test_an_annotation_that_is_none(self, path: Path, entry: Any) -> None:
+        content = coco()
+        content["annotations"].append(entry)
+        assert read_bytes(path, json.dumps(content).encode()).left_out == {"no box": 1}
+
+    @pytest.mark.parametrize("name", MALFORMED)
+    def test_a_broken_file_stops(self, path: Path, name: str) -> None:
+        with pytest.raises(ValueError, match=MALFORMED[name].message) as caught:
+            read_bytes(path, MALFORMED[name].content)
+        message = str(caught.value)
+        assert message.startswith(f"{path}: ")
+        assert "\n" not in message
+        assert len(message) < 500
+
+    def test_a_folder_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            ValueError, match=r"COCO JSON file, found a folder; docs/recipes.md#conv"
+        ):
+            read_annotations(tmp_path)
+
+    def test_no_such_file(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
+            read_annotations(tmp_path / "nowhere.json")
+
+    def test_the_first_reason_counts(self, tmp_path: Path) -> None:
         annotations = [
             annotation(),
-            annotation(category_id=2, iscrowd=1),
+            annotation(category_id=2, bbox=[]),
+            annotation(image_id=99, bbox=[], iscrowd=1),
+            annotation(image_id=99, bbox=[1, 2, -3, math.nan]),
+            annotation(image_id=99, bbox=[1, 2, -3, 4]),
+            annotation(image_id=99, iscrowd=1),
             annotation(iscrowd=1, ignore=True),
-            annotation(iscrowd=True),
             annotation(ignore=True, bbox=[0, 0, 0, 0]),
-            annotation(bbox=[10, 10, 0, 5]),
             # In float32, 640 + 1e-6 is 640.
             annotation(bbox=[600, 10, 1e-6, 5]),
             annotation(bbox=[700, 10, 5, 0]),
@@ -67,186 +127,286 @@ class TestCocoFile:
         ]
         path = write(tmp_path, coco(annotations=annotations))
         found = read_annotations(path, category_ids=[1])
-        assert found.left_out == {
-            "other categories": 1,
-            "crowd": 2,
-            "ignore": 1,
-            "zero size": 3,
-            "outside the image": 2,
-        }
+        assert list(found.left_out.items()) == [
+            ("other categories", 1),
+            ("no box", 1),
+            ("not four finite numbers", 1),
+            ("negative size", 1),
+            ("on no image of the file", 1),
+            ("crowd", 1),
+            ("ignore", 1),
+            ("zero size", 2),
+            ("outside the image", 2),
+        ]
         assert found.boxes.tolist() == [[10, 20, 40, 60], [0, 0, 5, 5]]
         assert found.num_clipped == 1
-        assert found.counts.tolist() == [2, 0]
+        assert found.boxes_per_image.tolist() == [2, 0]
 
     def test_order_is_of_images_then_of_annotations(self, tmp_path: Path) -> None:
         annotations = [annotation(image_id=(3, 7)[n % 2], bbox=[n, 0, 1, 1]) for n in range(40)]
         found = read_annotations(write(tmp_path, coco(annotations=annotations)))
         assert found.boxes[:, 0].tolist() == [*range(1, 40, 2), *range(0, 40, 2)]
 
-    def test_only_needed_keys_matter(self, tmp_path: Path) -> None:
-        minimal = {
-            "annotations": [{"bbox": [1, 2, 3, 4], "category_id": 9, "image_id": 0}],
-            "images": [{"height": 10, "id": 0, "width": 20}],
-        }
-        path = write(tmp_path, minimal)
-        assert read_annotations(path).boxes.tolist() == [[1, 2, 4, 6]]
-        assert read_annotations(path, category_ids=[9]).boxes.tolist() == [[1, 2, 4, 6]]
-        unread = '"text": "caf\xe9", "segmentation": [[{"a": "1e999"}]], "category_id"'
-        text = path.read_text().replace('"category_id"', unread)
-        path.write_bytes(text.encode("latin-1"))
-        assert read_annotations(path).boxes.tolist() == [[1, 2, 4, 6]]
-
-    def test_repeated_annotation_ids_are_boxes_of_their_own(self, tmp_path: Path) -> None:
-        boxes = [annotation(id=5), annotation(id=5, bbox=[1, 1, 1, 1])]
-        assert read_annotations(write(tmp_path, coco(annotations=boxes))).counts.tolist() == [2, 0]
-
-    @pytest.mark.parametrize("as_path", [str, Path])
-    def test_paths(self, tmp_path: Path, as_path: Callable[[Path], Any]) -> None:
-        path = write(tmp_path, coco())
-        assert_equals(read_annotations(as_path(path)), reference(coco()))
-
-    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-    def test_pipe(self, tmp_path: Path) -> None:
-        pipe = tmp_path / "pipe"
-        os.mkfifo(pipe)
-        writer = threading.Thread(target=pipe.write_text, args=(json.dumps(coco()),))
-        writer.start()
-        found = read_annotations(pipe)
-        writer.join()
-        assert_equals(found, reference(coco()))
-
-    @pytest.mark.parametrize("enabled", [True, False])
-    @pytest.mark.parametrize("valid", [True, False])
-    def test_garbage_collector_is_left_as_it_was(
-        self, tmp_path: Path, enabled: bool, valid: bool
-    ) -> None:
-        path = write(tmp_path, coco() if valid else {})
-        try:
-            if not enabled:
-                gc.disable()
-            try:
-                read_annotations(path)
-            except ValueError:
-                assert not valid
-            assert gc.isenabled() == enabled
-        finally:
-            gc.enable()
-
-    def test_no_garbage_is_looked_for_while_decoding(self, tmp_path: Path) -> None:
-        path = write(tmp_path, coco(annotations=[annotation()] * 5000))
-        phases: list[str] = []
-
-        def note(phase: str, info: dict[str, int]) -> None:
-            phases.append(phase)
-
-        gc.callbacks.append(note)
-        try:
-            content = decode(path, "file")
-            assert phases == []
-        finally:
-            gc.callbacks.remove(note)
-        assert len(content.annotations) == 5000
-
-    def test_an_id_may_be_repeated_more_than_once(self, tmp_path: Path) -> None:
-        images = [{"id": n, "width": 9, "height": 9} for n in (4, 7, 7, 3, 7)]
-        path = write(tmp_path, coco(images=images, annotations=[]))
-        with pytest.raises(ValueError, match=r"images\[2\]: .* found 7, which images\[1\] has"):
-            read_annotations(path)
-
-    @pytest.mark.parametrize("name", MALFORMED)
-    def test_malformed(self, tmp_path: Path, name: str) -> None:
-        path = tmp_path / "annotations.json"
-        path.write_bytes(MALFORMED[name].content)
-        with pytest.raises(ValueError, match=MALFORMED[name].message) as caught:
-            read_annotations(path)
-        message = str(caught.value)
-        assert message.startswith(f"{path}: ")
-        assert "\n" not in message
-        assert len(message) < 500
-
-    @pytest.mark.parametrize("at", [5, 30, 200])
-    def test_broken_json_is_quoted_where_it_breaks(self, tmp_path: Path, at: int) -> None:
-        content = b" " * at + bytes(range(ord("0"), ord("z")))
-        path = tmp_path / "annotations.json"
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="byte") as caught:
-            read_annotations(path)
-        byte = int(re.search(r"byte (\d+)", str(caught.value))[1])  # type: ignore[index]
-        assert str(caught.value).endswith(f", near {content[max(0, byte - 20) : byte + 20]!r}")
-
     def test_largest_numbers(self, tmp_path: Path) -> None:
         largest = {"id": 2**63 - 1, "width": 2**24, "height": 2**24}
         content = coco(images=[largest], annotations=[annotation(image_id=2**63 - 1)])
-        assert read_annotations(write(tmp_path, content)).sizes.tolist() == [[2**24, 2**24]]
-        for key, value in (("id", 2**63), ("width", 2**24 + 1), ("height", 2**24 + 1)):
-            content["images"] = [{**largest, key: value}]
+        assert read_annotations(write(tmp_path, content)).image_sizes.tolist() == [[2**24, 2**24]]
+        for key in ("width", "height"):
+            content["images"] = [{**largest, key: 2**24 + 1}]
             with pytest.raises(ValueError, match=r"images\[0\]"):
                 read_annotations(write(tmp_path, content))
 
-    def test_no_such_file(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
-            read_annotations(tmp_path / "nowhere.json")
+    @pytest.mark.parametrize("wrap", [dict, MappingProxyType])
+    def test_a_dictionary_in_memory(self, wrap: Any) -> None:
+        assert read_annotations(wrap(coco())).boxes.tolist() == BOXES
+        content = coco()
+        content["images"][0]["width"] = np.int64(640)
+        content["annotations"][0] |= {
+            "bbox": np.array([10.0, 20, 30, 40]),
+            "image_id": torch.tensor(7),
+        }
+        content["annotations"][1] |= {"bbox": torch.tensor([10, 20, 30, 40]), "iscrowd": np.False_}
+        assert read_annotations(wrap(content)).boxes.tolist() == BOXES
+        with pytest.raises(
+            ValueError, match=r"^dataset: expected a list of `annotations`, found onl"
+        ):
+            read_annotations(wrap({"images": []}))
 
-    def test_directory(self, tmp_path: Path) -> None:
-        with pytest.raises(OSError, match=re.escape(tmp_path.name)):
-            read_annotations(tmp_path)
+
+class TestCategories:
+    def test_names_select_boxes(self, tmp_path: Path) -> None:
+        content = coco(categories=["person", "boat"])
+        content["annotations"][0]["category_id"] = "boat"
+        path = write(tmp_path, content)
+        assert read_annotations(path, category_ids=["boat"]).left_out == {"other categories": 1}
+        with pytest.raises(ValueError, match="category_ids among 1, 'boat', found 'person'"):
+            read_annotations(path, category_ids=["person"])
+
+    def test_one_and_one_point_zero_are_the_same_but_not_the_string(self, tmp_path: Path) -> None:
+        content = coco(annotations=[annotation(category_id=c) for c in (1, 1.0, "1")])
+        path = write(tmp_path, content)
+        for category, boxes in ((1, 2), (1.0, 2), (np.int32(1), 2), ("1", 1)):
+            assert len(read_annotations(path, category_ids=[category]).boxes) == boxes
 
     def test_unknown_category(self, tmp_path: Path) -> None:
         path = write(tmp_path, coco(annotations=[annotation(category_id=5)]))
         with pytest.raises(ValueError, match=r"json: expected category_ids among 1, 2, 5, found 4"):
             read_annotations(path, category_ids=[1, 4])
-        many = coco(categories=[{"id": n} for n in range(1200)])
-        with pytest.raises(ValueError, match=r"98, 99, \.\.\. \(1200 in all\), found 9999"):
-            read_annotations(write(tmp_path, many), category_ids=[9999])
+        for count, end in ((100, "98, 99, found 9999"), (101, r"99, \.\.\. \(101 in all\), found")):
+            many = coco(categories=[{"id": n} for n in range(count)])
+            with pytest.raises(ValueError, match=f"among 0, 1, .* {end}"):
+                read_annotations(write(tmp_path, many), category_ids=[9999])
 
     def test_category_without_boxes(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"none in 2 images \(left out: 2 other categories\)"):
             read_annotations(write(tmp_path, coco()), category_ids=[2])
 
-    @pytest.mark.parametrize("category_ids", [1, "person", ["person"], [1.0]])
-    def test_category_ids_of_a_wrong_type(self, tmp_path: Path, category_ids: Any) -> None:
-        with pytest.raises(TypeError, match=r"category_ids: expected a collection of ints, found"):
-            read_annotations(write(tmp_path, coco()), category_ids=category_ids)
+    @pytest.mark.parametrize("category_ids", [1, "person", [1.5], [None], [True], b"1"])
+    def test_category_ids_of_a_wrong_type(self, category_ids: Any) -> None:
+        with pytest.raises(
+            TypeError, match=r"category_ids: expected a collection of ints or strin"
+        ):
+            read_annotations(coco(), category_ids=category_ids)
+
+    def test_notes(self, tmp_path: Path) -> None:
+        categories = (0, 1, 1, 9, "person", None, 0)
+        entries = [annotation(category_id=c) for c in categories]
+        entries += [annotation(bbox=None), annotation(bbox=[], segmentation=[])]
+        entries += [annotation(category_id=0, iscrowd=1)]
+        path = write(tmp_path, coco(annotations=entries))
+        assert read_annotations([path, path]).notes == {
+            "annotations have polygons but no box, and were left out": 2,
+            "boxes are of category 0, which torchvision's R-CNNs take for the background": 4,
+            "boxes are of a category that `categories` does not list": 8,
+        }
+        # Roboflow's root category has no boxes.
+        content = coco(categories=[{"id": 0, "name": "root"}, {"id": 1, "name": "person"}])
+        assert read_annotations(content).notes == {}
 
 
-class TestCocoDetection:
-    def test_subset_picks_and_repeats(self, coco_detection: CocoDetection) -> None:
-        found = read_annotations(Subset(coco_detection, [2, 0, 2]))
-        assert found.sizes.tolist() == [[25, 25], [48, 64], [25, 25]]
-        assert found.counts.tolist() == [1, 2, 1]
-        whole, first = [[0, 0, 25, 25]], EXPECTED.boxes[:2].tolist()
-        assert found.boxes.tolist() == whole + first + whole
-        assert found.left_out == {"zero size": 2, "outside the image": 2}
+def test_boxes_that_fit_the_image_turned_by_a_quarter_are_counted() -> None:
+    boxes = [
+        [90, 10, 20, 20],
+        [10, 10, 20, 20],
+        [90, 150, 20, 20],
+        [150, 50, 40, 50],
+        [90, 0, 200, 9],
+    ]
+    image = {"id": 7, "width": 100, "height": 200}
+    found = read_annotations(coco(images=[image], annotations=[annotation(bbox=b) for b in boxes]))
+    # The first leaves the image and would fit, the fourth lies outside; the others would not fit.
+    assert (found.num_clipped, found.num_fit_swapped) == (3, 2)
+    assert found.left_out == {"outside the image": 1}
 
-    def test_own_ids(self, coco_detection: CocoDetection) -> None:
-        coco_detection.ids = [20]
-        assert read_annotations(coco_detection).sizes.tolist() == [[25, 25]]
-        coco_detection.ids = [20, 21]
-        with pytest.raises(ValueError, match=r"CocoDetection: ids: .* 3 images, found 21"):
-            read_annotations(coco_detection)
 
-    def test_unknown_category(self, coco_detection: CocoDetection) -> None:
-        with pytest.raises(ValueError, match=r"CocoDetection: expected .* among 1, 2, found 3"):
-            read_annotations(coco_detection, category_ids=[1, 3])
+FLAT = json.dumps(coco(info=None)).encode()
 
-    def test_nothing_picked(self, coco_detection: CocoDetection) -> None:
-        with pytest.raises(ValueError, match=r"Subset: .* none in 0 images"):
-            read_annotations(Subset(coco_detection, []))
 
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"bbox": [1, 2, 3]}, r"CocoDetection: .*length 4.* `\$\.annotations\[2\]\.bbox`"),
-            ({"bbox": [1, 2, float("nan"), 4]}, r"annotations\[2\] \(id 200\): .* nan"),
-            ({"image_id": 5}, r"annotations\[2\] \(id 200\): .* found 5"),
-        ],
+class TestDamage:
+    """Whatever is in a file, it is read or refused in one line."""
+
+    @staticmethod
+    def survive(path: Path, content: bytes) -> None:
+        message = f"{path}: "
+        try:
+            read_bytes(path, content)
+        except ValueError as error:
+            message = str(error)
+        assert message.startswith(f"{path}: ")
+        assert "\n" not in message
+
+    def test_cut_off_anywhere(self, path: Path) -> None:
+        for end in range(len(FLAT)):
+            with pytest.raises(ValueError, match="expected a COCO JSON file, found") as caught:
+                read_bytes(path, FLAT[:end])
+            assert "\n" not in str(caught.value)
+
+    @settings(max_examples=300, deadline=None)
+    @given(
+        edits=st.lists(
+            st.tuples(
+                st.integers(0, len(FLAT)),
+                st.integers(0, 8),
+                st.one_of(
+                    st.binary(max_size=4),
+                    st.sampled_from(
+                        [
+                            *(b"NaN", b"-Infinity", b"null", b"true", b'"7"', b"7.0", b"1e400"),
+                            *(b"[]", b"{}", b"[[1]]", b'"\\ud800"', b"\xff", b"\n", b"9" * 30),
+                        ]
+                    ),
+                ),
+            ),
+            min_size=1,
+            max_size=4,
+        )
     )
-    def test_malformed(
-        self, coco_detection: CocoDetection, change: dict[str, Any], message: str
+    @example(edits=[(FLAT.index(b"7"), 1, b'"\\ud800"')])
+    def test_bytes(
+        self, edits: list[tuple[int, int, bytes]], tmp_path_factory: pytest.TempPathFactory
     ) -> None:
-        coco_detection.coco.dataset["annotations"][2].update(change)
-        with pytest.raises(ValueError, match=message):
-            read_annotations(coco_detection)
+        content = FLAT
+        for start, length, new in edits:
+            content = content[:start] + new + content[start + length :]
+        self.survive(tmp_path_factory.getbasetemp() / "edited.json", content)
+
+    @settings(max_examples=300, deadline=None)
+    @given(data=st.data())
+    def test_values(self, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+        content: Any = coco()
+        values = st.recursive(
+            st.none()
+            | st.booleans()
+            | st.integers()
+            | st.floats()
+            | st.sampled_from([7, 3, 7.0, "7", "", 10**400, 2**63]),
+            lambda inner: (
+                st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=2)
+            ),
+            max_leaves=6,
+        )
+        for _ in range(data.draw(st.integers(1, 3))):
+            place: Any = content
+            while True:
+                keys = list(range(len(place))) if isinstance(place, list) else list(place)
+                key = data.draw(st.sampled_from(keys))
+                if (
+                    not isinstance(place[key], list | dict)
+                    or not place[key]
+                    or data.draw(st.booleans())
+                ):
+                    break
+                place = place[key]
+            if data.draw(st.integers(0, 3)):
+                place[key] = data.draw(values)
+            else:
+                del place[key]
+            if not content:
+                break
+        path = tmp_path_factory.getbasetemp() / "changed.json"
+        self.survive(path, json.dumps(content).encode())
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+    def test_pipe(self, tmp_path: Path) -> None:
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        writer = threading.Thread(target=pipe.write_bytes, args=(b"\xef\xbb\xbf" + FLAT,))
+        writer.start()
+        found = read_annotations(pipe)
+        writer.join()
+        assert_equals(found, reference(coco()))
+
+    def test_a_file_that_is_cut_off_while_it_is_read(self, tmp_path: Path) -> None:
+        """In a process of its own: one that maps the file would be killed."""
+        path = write(tmp_path, coco(annotations=[annotation()] * 20_000))
+        program = """
+import os, sys, msgspec
+from alphafpn.estimate import coco
+decode = msgspec.json.decode
+def shortened(*args, **options):
+    os.truncate(sys.argv[1], 100)
+    return decode(*args, **options)
+msgspec.json.decode = shortened
+print(len(coco.read_coco(sys.argv[1], "file").image_index))
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", program, path], capture_output=True, text=True, check=True
+        )
+        assert done.stdout == "20000\n"
+
+    def test_memory_that_runs_out(self, tmp_path: Path) -> None:
+        path = write(tmp_path, coco(info={"text": "x" * 300_000_000}))
+        program = """
+import resource, sys
+from alphafpn.estimate import coco
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000, -1))
+try:
+    coco.read_coco(sys.argv[1], "file")
+except ValueError as error:
+    print(error)
+"""
+        if not Path("/proc/self/statm").exists():
+            pytest.skip("limits memory as Linux does")
+        done = subprocess.run(
+            [sys.executable, "-c", program, path], capture_output=True, text=True, check=True
+        )
+        assert done.stdout == "file: expected a file that fits into memory, found none left\n"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("content", [coco(), {}])
+def test_garbage_collector_is_left_as_it_was(
+    tmp_path: Path, enabled: bool, content: dict[str, Any]
+) -> None:
+    path = write(tmp_path, content)
+    try:
+        if not enabled:
+            gc.disable()
+        try:
+            read_annotations(path)
+        except ValueError:
+            assert not content
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("box", [[1, 2, 3, 4], []])
+def test_no_garbage_is_looked_for_while_decoding(tmp_path: Path, box: list[int]) -> None:
+    path = write(tmp_path, coco(annotations=[annotation()] * 5000 + [annotation(bbox=box)]))
+    phases: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        phases.append(phase)
+
+    gc.callbacks.append(note)
+    try:
+        content = read_coco(str(path), "file")
+        assert phases.count("start") <= 1  # once it is over
+    finally:
+        gc.callbacks.remove(note)
+    assert len(content.boxes) == 5001
 
 
 def test_coco_like_script_is_deterministic_and_valid(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torchvision.models.detection.fcos import FCOS
 
-from alphafpn.estimate.fcos import RangeMatcher
+from alphafpn.estimate import fcos as module
+from alphafpn.estimate.fcos import RangeMatcher, owned_boxes
 from tests import oracle
 from tests.anchor_sets import seeds
 
@@ -28,26 +30,114 @@ def test_fcos_levels_are_those_of_its_ranges(seed, sizes):
     assert not iou.any()
 
 
+class Head:
+    """In place of FCOS's head: the loss is which box each location belongs to."""
+
+    def compute_loss(self, targets, head_outputs, anchors, matched):
+        return matched
+
+
+def own_owners(anchors, boxes, radius):
+    """What torchvision's loss assigns to each location."""
+    fcos = FCOS.__new__(FCOS)
+    torch.nn.Module.__init__(fcos)
+    fcos.head, fcos.center_sampling_radius = Head(), radius
+    numbers = [len(level) for level in anchors]
+    (matched,) = fcos.compute_loss([{"boxes": boxes}], {}, [torch.cat(anchors)], numbers)
+    return matched.tolist()
+
+
 def test_fcos_levels_are_those_that_its_own_loss_gives():
     # Each box lies with its centre on an anchor point of every level; the loss then gives this
     # point to the box on exactly one level.
-    class Head:
-        def compute_loss(self, targets, head_outputs, anchors, matched):
-            return matched
-
     sizes = [8, 16, 32, 64, 128]
     centres = torch.tensor([[512.0, 512, 512, 512]])
     anchors = [centres + torch.tensor([[-s / 2, -s / 2, s / 2, s / 2]]) for s in sizes]
-    fcos = FCOS.__new__(FCOS)
-    torch.nn.Module.__init__(fcos)
-    fcos.head, fcos.center_sampling_radius = Head(), 1.5
     rng = np.random.default_rng(0)
     half = torch.tensor(np.exp(rng.uniform(0, 6.2, (300, 2))), dtype=torch.float32)
     boxes = torch.cat([512 - half, 512 + half], 1)
     level, _ = RangeMatcher(sizes, CPU).match(boxes)
     for box, mine in zip(boxes, level.tolist(), strict=True):
-        (matched,) = fcos.compute_loss([{"boxes": box[None]}], {}, [torch.cat(anchors)], [1] * 5)
-        assert (matched >= 0).nonzero().flatten().tolist() == [mine]
+        matched = own_owners(anchors, box[None], 1.5)
+        assert [i for i, owner in enumerate(matched) if owner >= 0] == [mine]
+
+
+def scene(rng, number, largest, whole):
+    """Whole numbers put boxes on locations and borders; large ones make areas tie in float32."""
+    low = rng.uniform(-10, 60, (number, 2))
+    boxes = np.concatenate([low, low + rng.uniform(0.5, largest, (number, 2))], 1)
+    return torch.tensor(boxes.round() if whole else boxes, dtype=torch.float32)
+
+
+def place(cell, stride, grid):
+    """Anchors [N, 4] with the one cell, on a grid."""
+    y, x = torch.meshgrid(
+        *(torch.arange(n) * s for n, s in zip(grid, stride, strict=True)), indexing="ij"
+    )
+    return torch.stack([x, y, x, y], -1).view(-1, 4) + cell
+
+
+scenes = {
+    "seed": seeds,
+    "largest": st.sampled_from([20.0, 100.0, 12000.0]),
+    "whole": st.booleans(),
+    "sizes": st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    "stride": st.integers(1, 16),
+    "radius": st.sampled_from([0.3, 1.5, 1.5 / 0.37, 6.0]),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(**scenes, number=st.sampled_from([1, 3, 12]))
+@example(seed=0, largest=20.0, whole=True, sizes=[4, 8], stride=4, radius=1.5, number=12)
+@example(seed=0, largest=12000.0, whole=True, sizes=[2000], stride=16, radius=6.0, number=12)
+def test_the_literal_owners_are_those_of_fcos_own_loss(
+    seed, largest, whole, sizes, stride, radius, number
+):
+    boxes = scene(np.random.default_rng(seed), number, largest, whole)
+    anchors = [
+        place((torch.tensor([-size, -size, size, size]) / 2).round(), (step, step + 1), (grid, 4))
+        for size, step, grid in zip(sizes, (stride, 2 * stride, 40, 64), (5, 3, 2, 1), strict=False)
+    ]
+    assert oracle.fcos_owners(anchors, boxes, radius) == own_owners(anchors, boxes, radius)
+
+
+@settings(max_examples=40, deadline=None)
+@given(**scenes, numbers=st.lists(st.sampled_from([0, 1, 3, 12]), max_size=5), block=seeds)
+@example(
+    seed=0, largest=100.0, whole=True, sizes=[4, 8], stride=4, radius=1.5, numbers=[9] * 5, block=0
+)
+@example(
+    seed=0, largest=12000.0, whole=True, sizes=[999], stride=16, radius=6.0, numbers=[12], block=9
+)
+def test_owned_boxes_are_those_of_the_literal_owners(
+    seed, largest, whole, sizes, stride, radius, numbers, block
+):
+    """Images on two kinds of grid, in blocks of any size."""
+    rng = np.random.default_rng(seed)
+    images = [scene(rng, number, largest, whole) for number in numbers]
+    kinds = [int(rng.integers(2)) for _ in images]
+    cells = [(torch.tensor([[-size, -size, size, size]]) / 2).round() for size in sizes]
+    strides = [[(s, s + kind) for s in (stride, 2 * stride, 40, 64)] for kind in (0, 1)]
+    grids = [[(n, n + kind) for n in (5, 3, 2, 1)] for kind in (1, 0)]
+    expected = []
+    for boxes, kind in zip(images, kinds, strict=True):
+        levels = zip(cells, strides[kind], grids[kind], strict=False)
+        owners = oracle.fcos_owners([place(*level) for level in levels], boxes, radius)
+        expected += [index in owners for index in range(len(boxes))]
+    index = torch.arange(len(images)).repeat_interleave(torch.tensor(numbers, dtype=torch.int64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BLOCK", 1 + block % 20)
+        found = owned_boxes(
+            torch.cat([*images, torch.zeros(0, 4)]),
+            index,
+            torch.tensor(kinds, dtype=torch.int64)[index],
+            cells,
+            torch.tensor(strides, dtype=torch.float64)[:, : len(cells)],
+            torch.tensor(grids)[:, : len(cells)],
+            radius,
+        )
+    assert found.tolist() == expected
 
 
 def test_a_box_on_the_border_of_two_ranges_is_the_coarser_levels():

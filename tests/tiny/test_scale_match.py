@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F  # noqa: N812
 
+from alphafpn.tiny.erasing import EraseIgnored
 from alphafpn.tiny.scale_match import MonotoneScaleMatch, ScaleMatch, box_sizes
 
 unhurried = settings(deadline=None, max_examples=50)
@@ -272,7 +274,7 @@ def test_workers_draw_differently_and_reproducibly(sizes):
 def test_small_boxes_are_dropped_by_their_inclusive_sides(sides, target):
     size, default = (301, 403), 0.5
     match = MonotoneScaleMatch([20.0], [float(target)], default_scale=default)
-    image, scaled = match(*sample(sides, size, index=list(range(len(sides)))))
+    image, scaled = match(*sample(sides, size, labels=list(range(len(sides)))))
     height, width = image.shape[1:]
     assert scaled["boxes"].canvas_size == (height, width)
     scale = min(max(target / geometric_mean(sides), 0.1), 1.0) if sides else default
@@ -284,11 +286,11 @@ def test_small_boxes_are_dropped_by_their_inclusive_sides(sides, target):
     ]
     if kept:
         assert (height, width) == by_scale
-        assert scaled["index"] == kept
+        assert scaled["labels"] == kept
     else:
         assert (height, width) == (round(default * 301), round(default * 403))
-        assert scaled["index"] == list(range(len(sides)))
-    for box, index in zip(scaled["boxes"].tolist(), scaled["index"], strict=True):
+        assert scaled["labels"] == list(range(len(sides)))
+    for box, index in zip(scaled["boxes"].tolist(), scaled["labels"], strict=True):
         w, h = sides[index]
         assert box == pytest.approx([0, 0, w * width / 403, h * height / 301], rel=1e-5)
 
@@ -308,12 +310,12 @@ def test_what_belongs_to_a_box_goes_with_it():
         names=("a", "b", "c", "d"),
         corner=[0, 1, 2, 3],
         image_id=torch.tensor([9]),
-        orig_size=torch.tensor([300, 400]),
         note="four",
         extra={"a": 1, "b": 2, "c": 3, "d": 4},
     )
     before = copy.deepcopy((image, target))
-    scaled_image, scaled = MonotoneScaleMatch([50.0], [10.0])(image, target)
+    match = MonotoneScaleMatch([50.0], [10.0], per_box=("plain_masks", "names"))
+    scaled_image, scaled = match(image, target)
     height, width = scaled_image.shape[1:]
     assert scaled["boxes"].shape == (2, 4)
     assert isinstance(scaled["boxes"], tv_tensors.BoundingBoxes)
@@ -329,8 +331,7 @@ def test_what_belongs_to_a_box_goes_with_it():
     assert scaled["names"] == ("a", "c")
     for key in ("corner", "note", "extra"):
         assert scaled[key] == target[key]
-    for key in ("image_id", "orig_size"):
-        assert torch.equal(scaled[key], target[key])
+    assert torch.equal(scaled["image_id"], target["image_id"])
     # And nothing was done to what came in.
     assert torch.equal(image, before[0])
     assert target.keys() == before[1].keys()
@@ -338,11 +339,42 @@ def test_what_belongs_to_a_box_goes_with_it():
         assert torch.equal(target[key], before[1][key])
 
 
-def test_entries_of_the_image_can_be_named():
-    image, target = sample([(100, 100), (3, 100)], vector=[1, 2])
-    match = MonotoneScaleMatch([50.0], [10.0], per_image=["vector"])
-    assert match(image, target)[1]["vector"] == [1, 2]
-    assert MonotoneScaleMatch([50.0], [10.0])(image, target)[1]["vector"] == [1]
+OF_THE_IMAGE = {
+    "size": torch.tensor([300, 400]),
+    "image_size": (300, 400),
+    "orig_size": np.array([300, 400]),
+    "canvas": [300, 400],
+    "caption": ["a street", "two people"],
+    "scale_factor": torch.ones(2),
+    "proposals": torch.zeros(2, 4),
+    "semantic": tv_tensors.Mask(torch.zeros(2, 300, 400)),
+}
+
+
+@pytest.mark.parametrize("transform", [MonotoneScaleMatch([50.0], [10.0]), EraseIgnored()])
+def test_what_is_as_long_as_the_boxes_is_not_therefore_per_box(transform):
+    image, target = sample([(100, 100), (3, 100)], labels=[1, 2], ignore=[0, 1])
+    _, rest = transform(image, {**target, **OF_THE_IMAGE})
+    assert len(rest["boxes"]) == len(rest["labels"]) == len(rest["ignore"]) == 1
+    for key, entry in OF_THE_IMAGE.items():
+        assert len(rest[key]) == 2, key
+        assert type(rest[key]) is type(entry), key
+
+
+@pytest.mark.parametrize("per_box", ["vector", ["vector", "other"]])
+@pytest.mark.parametrize(
+    "make", [functools.partial(MonotoneScaleMatch, [50.0], [10.0]), EraseIgnored]
+)
+def test_further_entries_per_box_can_be_named(make, per_box):
+    image, target = sample([(100, 100), (3, 100)], ignore=[0, 1], vector=[1, 2])
+    assert make(per_box=per_box)(image, target)[1]["vector"] == [1]
+    assert make()(image, target)[1]["vector"] == [1, 2]
+
+
+def test_boxes_may_have_another_key():
+    image, target = sample([(100, 100), (3, 100)])
+    _, scaled = MonotoneScaleMatch([50.0], [10.0])(image, {"gt": target["boxes"]})
+    assert len(scaled["gt"]) == 1
 
 
 @pytest.mark.parametrize("box_format", ["XYXY", "XYWH", "CXCYWH"])
@@ -425,15 +457,16 @@ def test_sizes_of_a_dataset(tmp_path):
         {"bbox": [0, 0, 0, 5], "iscrowd": 0},
         {"bbox": [0.5, 0, 2.5, 2.5], "ignore": False, "category_id": 7},
     ]
-    dataset = {"images": [], "annotations": boxes}
+    dataset = {
+        "images": [{"id": 1}],
+        "annotations": [{"image_id": 1, **box} for box in boxes],
+    }
     assert box_sizes(dataset).tolist() == [6, 2.5]
     (tmp_path / "x.json").write_text(json.dumps(dataset))
     assert box_sizes(tmp_path / "x.json").tolist() == [6, 2.5]
-    boxes[1]["bbox"] = [0, 0, -1, 5]
-    with pytest.raises(ValueError, match=r"annotations\[1\]: bbox"):
-        box_sizes(dataset)
-    with pytest.raises(ValueError, match=r"annotations\[0\].*bbox"):
-        box_sizes({"annotations": [{}]})
+    dataset["annotations"].append({"image_id": 1, "bbox": [0, 0, -1, 5]})
+    with pytest.warns(UserWarning, match="^dataset: annotations left out: 1 negative size$"):
+        assert box_sizes(dataset).tolist() == [6, 2.5]
 
 
 @pytest.mark.parametrize(

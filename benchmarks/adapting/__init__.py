@@ -1,0 +1,1 @@
+"""What levels, anchors, input and factors give to a stock detector, on real images."""

@@ -1,0 +1,124 @@
+"""The runs of each study, seeds as the outer loop."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.adapting.data import SOURCES
+from benchmarks.adapting.experiment import (
+    ADAPTED,
+    ESTIMATED,
+    FACTORS,
+    HALF,
+    LARGER,
+    ROWS,
+    SCALE,
+    STOCK,
+    STOCK_ESTIMATED,
+    STOCK_HALF,
+)
+from benchmarks.records import Record
+
+DATA = ("cells4", "cells8", "people", "hituav", "dots", "dsb2018", "insects")
+STEPS = {**dict.fromkeys(SOURCES, 150), "cells8": 200, "people": 200, "cells2": 300}
+RATE, BATCH = 1e-3, 2
+FINER_START = "random"
+_LARGER_SEEDS = 3
+
+
+def configuration(data: str, row: str, seed: int, **changes: Any) -> Record:
+    """What a run is.
+
+    Args:
+        data: Name of the data set.
+        row: Name of the row.
+        seed: Of first weights and order.
+        changes: Other values than those of the main study.
+    """
+    source = SOURCES[data]
+    config = {
+        "study": "main",
+        "data": data,
+        "row": row,
+        "seed": seed,
+        "detector": "retinanet",
+        "start": "imagenet",
+        "finer_start": FINER_START,
+        "steps": STEPS[data],
+        "lr": RATE,
+        "batch": BATCH,
+        "crop": source.side or list(source.size or ()),
+        "train": source.train,
+        "val": source.val,
+    }
+    return {**config, **changes}
+
+
+def _main(seed: int) -> Iterator[Record]:
+    """All data sets and rows; the costly larger input for the first seeds alone."""
+    for data, row in itertools.product(DATA, ROWS):
+        if row != LARGER or seed < _LARGER_SEEDS:
+            yield configuration(data, row, seed)
+
+
+def _factors(seed: int) -> Iterator[Record]:
+    """Further seeds of the main study for the factors on people."""
+    for row in (ADAPTED, *FACTORS):
+        yield configuration("people", row, 5 + seed)
+
+
+def _order(seed: int) -> Iterator[Record]:
+    """Factors on a detector that was not adapted."""
+    for data, row in itertools.product(DATA, (STOCK_HALF, STOCK_ESTIMATED)):
+        yield configuration(data, row, seed, study="order")
+
+
+def _starts(seed: int) -> Iterator[Record]:
+    """Two starts of the finer level's blocks, after a detector that was trained whole or not.
+
+    The fourth, random blocks on ImageNet's body, is in the main study.
+    """
+    ways = (("cells2", "copy"), ("cells2", "random"), ("imagenet", "copy"))
+    for data, (start, how) in itertools.product(("people", "dsb2018"), ways):
+        yield configuration(data, ADAPTED, seed, study="starts", start=start, finer_start=how)
+
+
+def _long(seed: int) -> Iterator[Record]:
+    """Four times the steps."""
+    for data, row in itertools.product(("people", "dots"), (STOCK, ADAPTED, HALF, ESTIMATED)):
+        yield configuration(data, row, seed, study="long", steps=4 * STEPS[data])
+
+
+def _heads(seed: int) -> Iterator[Record]:
+    """Other detectors: FCOS with a finer level or a scale, Faster R-CNN with or without its RoIs'.
+
+    A scale keeps FCOS's radius in pixels; with `radius`, in cells.
+    """
+    for data in ("people", "dsb2018"):
+        for row in (STOCK, ADAPTED):
+            yield configuration(data, row, seed, study="heads", detector="fcos")
+            yield configuration(data, row, seed, study="heads", detector="fasterrcnn")
+        yield configuration(data, ADAPTED, seed, study="heads", detector="fasterrcnn", roi="scaled")
+        for changes in ({"scale": 0.5}, {"scale": 0.5, "radius": 1.5}):
+            yield configuration(data, SCALE, seed, study="heads", detector="fcos", **changes)
+
+
+def _rates(seed: int) -> Iterator[Record]:
+    """The learning rate, on seeds of their own."""
+    for data, row, rate in itertools.product(
+        ("people", "dsb2018"), (STOCK, ADAPTED), (5e-4, 1e-3, 2e-3, 4e-3)
+    ):
+        yield configuration(data, row, 100 + seed, study="rates", lr=rate)
+
+
+STUDIES = {
+    "rates": _rates,
+    "starts": _starts,
+    "main": _main,
+    "factors": _factors,
+    "order": _order,
+    "long": _long,
+    "heads": _heads,
+}

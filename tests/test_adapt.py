@@ -1,0 +1,883 @@
+"""Adapting: what it changes in a detector, what it keeps, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import math
+import pickle
+import re
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import detection, get_model, resnet50
+from torchvision.models.detection import backbone_utils
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from alphafpn import AnchorFit, adapt_detector, fold_alpha, patch_detector
+from alphafpn.adapt import start_of
+from alphafpn.tiny.detectors import tiny_retinanet
+from tests.detectors import make_batch
+from tests.pyramids import NORMS
+from tests.test_surgery import DETECTORS
+from tests.tiny.test_detectors import small_backbone
+
+ONE_STAGE = ["fcos_resnet50_fpn", "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"]
+OUT = 64  # two channels for each group of FCOS's head
+SIZES = {"min_size": 64, "max_size": 96}
+
+
+# Detectors of a few thousand weights; block2 has stride 4, and the maps strides 8, 16 and 32
+
+
+def make_backbone(levels=3, extra=None, norm=None, names="0123", width=1):
+    def block(inputs, outputs, stride):
+        layers = nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU()
+        return nn.Sequential(*layers)
+
+    channels = [4, 4, 6, 8, 10, 12]
+    body = nn.Sequential(
+        OrderedDict(
+            (f"block{i}" if i else "stem", block(inputs, outputs, stride))
+            for i, (inputs, outputs, stride) in enumerate(
+                zip([3, *channels], channels, (2, 1, 2, 2, 2, 2), strict=False)
+            )
+        )
+    )
+    layers = {f"block{6 - levels + i}": names[i] for i in range(levels)}
+    extra = LastLevelMaxPool() if extra is None else extra
+    return backbone_utils.BackboneWithFPN(body, layers, channels[-levels:], OUT, extra, norm)
+
+
+def squares(levels, size=16):
+    return AnchorGenerator(tuple((size << i,) for i in range(levels)), ((1.0,),) * levels)
+
+
+def make_retinanet(levels=3, size=16, backbone=None, **kwargs):
+    backbone = backbone or make_backbone(levels, LastLevelP6P7(OUT, OUT))
+    anchors = squares(levels + 2, size)
+    head = detection.retinanet.RetinaNetHead(OUT, 1, 2)
+    return detection.RetinaNet(
+        backbone, 2, anchor_generator=anchors, head=head, score_thresh=0.0, **{**SIZES, **kwargs}
+    )
+
+
+def make_fcos(levels=3, size=16, **kwargs):
+    head = detection.fcos.FCOSHead(OUT, 1, 2, num_convs=1)
+    backbone = make_backbone(levels, LastLevelP6P7(OUT, OUT))
+    anchors = squares(levels + 2, size)
+    return detection.FCOS(
+        backbone, 2, anchor_generator=anchors, head=head, score_thresh=0.0, **{**SIZES, **kwargs}
+    )
+
+
+def make_rcnn(levels=3, size=16, kind="faster", backbone=None, **kwargs):
+    options = {
+        "rpn_anchor_generator": squares(levels + 1, size),
+        "box_head": detection.faster_rcnn.TwoMLPHead(OUT * 49, 8),
+        "box_predictor": detection.faster_rcnn.FastRCNNPredictor(8, 2),
+        "box_score_thresh": 0.0,
+        "box_detections_per_img": 4,
+        **SIZES,
+        **kwargs,
+    }
+    backbone = backbone or make_backbone(levels)
+    if kind == "mask":
+        options["mask_head"] = detection.mask_rcnn.MaskRCNNHeads(OUT, (8,), 1)
+        options["mask_predictor"] = detection.mask_rcnn.MaskRCNNPredictor(8, 8, 2)
+        return detection.MaskRCNN(backbone, **options)
+    if kind == "keypoint":
+        options["keypoint_head"] = detection.keypoint_rcnn.KeypointRCNNHeads(OUT, (8,))
+        options["keypoint_predictor"] = detection.keypoint_rcnn.KeypointRCNNPredictor(8, 3)
+        return detection.KeypointRCNN(backbone, **options)
+    return detection.FasterRCNN(backbone, **options)
+
+
+def make_mask_rcnn(levels=3, size=16, **kwargs):
+    return make_rcnn(levels, size, "mask", **kwargs)
+
+
+def make_keypoint_rcnn(levels=3, size=16, **kwargs):
+    return make_rcnn(levels, size, "keypoint", **kwargs)
+
+
+RCNNS = [make_rcnn, make_mask_rcnn, make_keypoint_rcnn]
+BUILDERS = [make_retinanet, make_fcos, *RCNNS]
+
+
+def make(build=make_retinanet, **kwargs):
+    """A detector in training mode, with weights as trained ones: outputs differ everywhere."""
+    torch.manual_seed(0)
+    model = build(**kwargs)
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            nn.init.kaiming_normal_(parameter)
+    return model
+
+
+def on_meta(name, **kwargs):
+    with torch.device("meta"):
+        return get_model(name, weights=None, weights_backbone=None, **kwargs)
+
+
+def on_cpu(name):
+    """Any weights: those of torchvision's builders take longer to draw than all else."""
+    model = on_meta(name, num_classes=2, **SIZES).to_empty(device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.dim() == 4:
+                tensor.uniform_(-0.02, 0.02)
+            else:
+                tensor.fill_(1)
+    return model
+
+
+def generator_of(model):
+    return getattr(model, "rpn", model).anchor_generator
+
+
+def cells_of(model):
+    return [level.tolist() for level in generator_of(model).cell_anchors]
+
+
+def maps_of(model, image):
+    with torch.no_grad():
+        return list(model.backbone(image).items())
+
+
+def images(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(3, 64, 90, generator=generator), torch.rand(3, 70, 64, generator=generator)]
+
+
+def assert_same_outputs(found, expected):
+    with torch.no_grad():
+        torch.testing.assert_close(found(images()), expected(images()), rtol=0, atol=0)
+
+
+def row_of(model, scale=0.5, finer_level=False, input_scale=1, max_objects=150, **changes):
+    """A row of `compare_anchors` for this detector; what a row shows is left out."""
+    shown = {"anchor_sizes": (), "reached": 1.0, "cost": 1.0, "different_anchors": ()}
+    anchors, sizes = start_of(model)
+    starts = {"own_anchors": anchors, "own_input": sizes, **changes}
+    return AnchorFit(
+        scale, finer_level, input_scale, max_objects=max_objects, estimate=None, **shown, **starts
+    )
+
+
+# Anchors
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_halved_and_doubled_anchors_are_the_first(name):
+    model = on_meta(name)
+    generator = generator_of(model)
+    parts = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
+    first, sizes, radius = (
+        cells_of(model),
+        generator.sizes,
+        getattr(model, "center_sampling_radius", 0),
+    )
+    others = pickle.dumps([model.transform, vars(generator)["aspect_ratios"]])
+
+    assert adapt_detector(model, 0.5) is model
+    halves = [tuple(size / 2 for size in level) for level in sizes]
+    made = AnchorGenerator(tuple(halves), generator.aspect_ratios)
+    assert cells_of(model) == [level.tolist() for level in made.cell_anchors]
+    assert list(generator.sizes) == halves
+    assert getattr(model, "center_sampling_radius", 0) == 2 * radius
+
+    adapt_detector(model, 2)
+    assert cells_of(model) == first
+    assert generator.sizes == tuple(map(tuple, sizes))
+    assert getattr(model, "center_sampling_radius", 0) == radius
+    assert generator_of(model) is generator
+    for before, after in ((parts, model.named_modules()), (parameters, model.named_parameters())):
+        assert {path: id(part) for path, part in after} == {p: id(x) for p, x in before.items()}
+    assert pickle.dumps([model.transform, vars(generator)["aspect_ratios"]]) == others
+
+
+@functools.cache
+def without_head():
+    """A detector whose anchors may be any, since no head says how many there are."""
+    model = make_rcnn()
+    model.rpn.head = nn.Identity()
+    return model
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    scale=st.floats(0.25, 4).map(lambda scale: float(f"{scale:.3g}")),
+    sizes=st.lists(st.integers(16, 600) | st.floats(16, 600, width=32), min_size=1, max_size=3),
+    ratios=st.lists(st.floats(0.4, 2.5), min_size=1, max_size=3),
+    as_list=st.booleans(),
+)
+@example(scale=0.3, sizes=[25, 32], ratios=[1.0], as_list=True)
+def test_a_scale_and_its_inverse_give_the_first_anchors(scale, sizes, ratios, as_list):
+    kind, model = list if as_list else tuple, without_head()
+    levels = kind([kind(sizes)] * 4), kind([kind(ratios)] * 4)
+    model.rpn.anchor_generator = AnchorGenerator(*levels)
+    first = cells_of(model)
+    adapt_detector(model, scale)
+    made = [[size * scale for size in sizes]] * 4, [ratios] * 4
+    assert cells_of(model) == [level.tolist() for level in AnchorGenerator(*made).cell_anchors]
+    adapt_detector(model, 1 / scale)
+    assert cells_of(model) == first
+    assert np.allclose(generator_of(model).sizes, sizes, rtol=1e-12, atol=0)
+
+
+def handmade(dtype=torch.float32):
+    """Cells off the origin, not whole, of which two on the finest level are equal."""
+    generator = torch.Generator().manual_seed(0)
+    corner = 4 * torch.rand(4, 1, 2, generator=generator) - 12
+    cells = torch.cat([corner, corner + 9 + 20 * torch.rand(4, 1, 2, generator=generator)], -1)
+    return [level.to(dtype) for level in cells]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("finer_level", [False, True])
+@pytest.mark.parametrize("scale", [1, 0.5, 0.37])
+def test_handmade_cells_are_scaled_about_their_centres(dtype, finer_level, scale):
+    model = make(make_rcnn)
+    generator_of(model).cell_anchors = handmade(dtype)
+    adapt_detector(model, scale, finer_level=finer_level)
+    found = generator_of(model).cell_anchors
+    assert {level.dtype for level in found} == {dtype}
+    expected = []
+    for level in handmade(dtype):
+        x1, y1, x2, y2 = level[0].tolist()
+        x, y, w, h = (x1 + x2) / 2, (y1 + y2) / 2, (x2 - x1) * scale / 2, (y2 - y1) * scale / 2
+        expected.append(torch.tensor([[x - w, y - h, x + w, y + h]], dtype=dtype))
+    if finer_level:
+        expected.insert(0, expected[0] / 2)
+    torch.testing.assert_close(found, expected)
+    if scale == 1:
+        torch.testing.assert_close(found[-4:], handmade(dtype), rtol=0, atol=0)
+    adapt_detector(model, 1 / scale)
+    again = generator_of(model).cell_anchors[-4:]
+    # Up to the rounding of what was stored: 16 px are 2^-6 apart in half precision.
+    tolerance = 16 * torch.finfo(dtype).eps
+    torch.testing.assert_close(again, handmade(dtype), rtol=0, atol=tolerance / min(scale, 1))
+
+
+def test_sizes_that_did_not_make_the_cells_are_not_used():
+    model = make(make_rcnn)
+    first = cells_of(model)
+    generator_of(model).sizes = ((3,), (5,), (7,), (9,))
+    adapt_detector(model, 0.5)
+    assert cells_of(model) == [[[side / 2 for side in cell] for cell in level] for level in first]
+    assert generator_of(model).sizes == ((1.5,), (2.5,), (3.5,), (4.5,))
+
+
+def test_cells_in_half_precision_are_made_from_the_sizes():
+    model = make(make_rcnn).half()
+    generator_of(model).set_cell_anchors(torch.float16, torch.device("cpu"))
+    adapt_detector(model, 1.3, finer_level=True)
+    expected = AnchorGenerator(
+        tuple((size * 1.3,) for size in (8, 16, 32, 64, 128)), ((1.0,),) * 5
+    ).cell_anchors
+    for found, level in zip(generator_of(model).cell_anchors, expected, strict=True):
+        assert torch.equal(found, level.half())
+
+
+# A finer level
+
+
+def stock_with_finer_level(name):
+    """The detector that torchvision builds with layer1 among the returned layers."""
+    with torch.device("meta"):
+        extra = LastLevelP6P7(2048 if name.endswith("v2") else 256, 256)
+        backbone = backbone_utils._resnet_fpn_extractor(resnet50(), 5, [1, 2, 3, 4], extra)
+        if name.startswith("fcos"):
+            return detection.FCOS(backbone, 91, anchor_generator=squares(6))
+        sizes = tuple((x, 1.3 * x, 1.6 * x) for x in (16, 32, 64, 128, 256, 512))
+        anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 6)
+        head = None
+        if name.endswith("v2"):
+            norm = lambda channels: nn.GroupNorm(32, channels)  # noqa: E731
+            head = detection.retinanet.RetinaNetHead(256, 9, 91, norm_layer=norm)
+        return detection.RetinaNet(backbone, 91, anchor_generator=anchors, head=head)
+
+
+@pytest.mark.parametrize("name", ONE_STAGE)
+def test_a_finer_level_is_what_torchvision_builds(name):
+    model, stock = on_meta(name), stock_with_finer_level(name)
+    parameters = {id(parameter) for parameter in model.parameters()}
+    sizes, radius = generator_of(model).sizes, getattr(model, "center_sampling_radius", 0)
+    adapt_detector(model, 1, finer_level=True)
+    shapes = [[(k, x.shape) for k, x in m.state_dict().items()] for m in (model, stock)]
+    assert shapes[0] == shapes[1]
+    stock.load_state_dict(model.state_dict(), strict=True)
+    model.load_state_dict(stock.state_dict(), strict=True)
+    new = [path for path, p in model.named_parameters() if id(p) not in parameters]
+    assert {path.rsplit(".", 1)[0] for path in new} == {
+        f"backbone.fpn.{kind}_blocks.0.0" for kind in ("inner", "layer")
+    }
+    assert parameters < {id(parameter) for parameter in model.parameters()}
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    assert type(model) is type(stock)
+    assert type(model.backbone.fpn) is FeaturePyramidNetwork
+    assert generator_of(model).sizes[0] == tuple(size / 2 for size in sizes[0])
+    assert generator_of(model).sizes[1:] == tuple(map(tuple, sizes))
+    assert getattr(model, "center_sampling_radius", 0) == radius
+
+
+@pytest.mark.parametrize("name", ONE_STAGE)
+def test_old_maps_stay_bitwise_and_new_blocks_train(name):
+    model = on_cpu(name).eval()
+    model.backbone.body.requires_grad_(False)
+    image = torch.rand(1, 3, 64, 96)
+    before = maps_of(model, image)
+    adapt_detector(model, 0.5, finer_level=True)
+    after = maps_of(model, image)
+    assert [key for key, _ in after] == ["0", "1", "2", "3", "p6", "p7"]
+    assert after[0][1].shape[2:] == (16, 24)
+    for (_, old), (_, new) in zip(before, after[1:], strict=True):
+        assert torch.equal(new, old)
+
+    images, targets = make_batch()
+    sum(model.train()(images[:1], targets[:1]).values()).backward()
+    for path, parameter in model.backbone.fpn.named_parameters():
+        assert parameter.grad.isfinite().all(), path
+        assert parameter.grad.any(), path
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("build", BUILDERS)
+def test_adapted_predicts_as_if_built_so(build, used):
+    """With the same weights; also after a pass, of which torchvision's pools keep the scales."""
+    model = make(build).eval()
+    if used:
+        with torch.no_grad():
+            model(images())
+    adapt_detector(model, 0.5, finer_level=True, input_scale=2)
+    built = build(levels=4, size=4, **{name: 2 * size for name, size in SIZES.items()}).eval()
+    if build is make_fcos:
+        built.center_sampling_radius *= 2
+    built.load_state_dict(model.state_dict())
+    assert_same_outputs(model, built)
+    names = {tuple(m.featmap_names) for m in model.modules() if isinstance(m, MultiScaleRoIAlign)}
+    assert names == ({("0", "1", "2", "3")} if build in RCNNS else set())
+    with torch.no_grad():
+        torch.testing.assert_close(maps_of(model, torch.ones(1, 3, 64, 64))[0][1].shape[2], 16)
+
+
+@pytest.mark.parametrize("build", RCNNS)
+def test_every_map_that_was_pooled_is_and_the_new_one(build):
+    """Maps with names of their own, of which box, mask and keypoint pools take two."""
+    model = make(build, backbone=make_backbone(names=["fine", "middle", "coarse"]))
+    pools = [part for part in model.modules() if isinstance(part, MultiScaleRoIAlign)]
+    for pool in pools:
+        pool.featmap_names = ["fine", "middle"]
+    adapt_detector(model, 1, finer_level=True)
+    assert [name for name, _ in maps_of(model.eval(), torch.rand(1, 3, 64, 64))] == [
+        *("block2", "fine", "middle", "coarse", "pool")
+    ]
+    assert [pool.featmap_names for pool in pools] == [["block2", "fine", "middle"]] * len(pools)
+    assert len(pools) == 1 + (build is not make_rcnn)
+
+
+def test_a_new_map_takes_no_name_that_is_taken():
+    parts = [nn.Conv2d(3 if i == 0 else 4, 4, 3, 2, 1) for i in range(5)]
+    layers = {"2": "1", "3": "2", "4": "3"}  # the stage of stride 4 is called 1
+    backbone = backbone_utils.BackboneWithFPN(nn.Sequential(*parts), layers, [4] * 3, OUT)
+    model = adapt_detector(make(make_rcnn, backbone=backbone), 1, finer_level=True)
+    names = [name for name, _ in maps_of(model, torch.rand(1, 3, 64, 64))]
+    assert names == ["finer 1", "1", "2", "3", "pool"]
+
+
+def test_tiny_retinanet_gets_a_finer_level():
+    torch.manual_seed(0)
+    sizes = [16, 32, 64, 128]
+    model = tiny_retinanet(small_backbone(layers=3), weights_backbone=None, anchor_sizes=sizes)
+    adapt_detector(model, 1, finer_level=True, max_objects=150)
+    assert [name for name, _ in maps_of(model, torch.rand(1, 3, 64, 64))] == [
+        *("layer1", "map0", "map1", "map2", "pool")
+    ]
+    sum(model(*make_batch()).values()).backward()
+    assert model.backbone.fpn.layer_blocks[0][0].weight.grad.any()
+    assert (model.detections_per_img, model.topk_candidates) == (200, 1000)
+
+
+# The new blocks
+
+
+@pytest.mark.parametrize(("training", "frozen"), [(True, False), (False, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("norm", NORMS)
+def test_new_blocks_are_like_their_neighbours(norm, dtype, frozen, training):
+    layer = NORMS[norm]
+    model = make(make_rcnn, backbone=make_backbone(norm=layer)).to(dtype).train(training)
+    fpn = model.backbone.fpn.requires_grad_(not frozen)
+    with torch.no_grad():
+        for tensor in fpn.state_dict().values():
+            tensor.add_(1)  # as if trained
+    old = copy.deepcopy(fpn.state_dict())
+    adapt_detector(model, 1, finer_level=True)
+    expected = FeaturePyramidNetwork([6, 8, 10, 12], OUT, LastLevelMaxPool(), layer)
+    assert repr(fpn) == repr(expected)
+    for name, tensor in expected.state_dict().items():
+        found = fpn.state_dict()[name]
+        level = int(name.split(".")[1])
+        if level:
+            assert torch.equal(found, old[name.replace(f".{level}.", f".{level - 1}.", 1)]), name
+        elif not name.endswith("0.0.weight"):  # of a convolution, which is random
+            assert torch.equal(found, tensor.to(found.dtype)), name
+        assert found.shape == tensor.shape
+        assert found.dtype == (dtype if tensor.is_floating_point() else tensor.dtype)
+    assert {parameter.requires_grad for parameter in fpn.parameters()} == {not frozen}
+    assert {part.training for part in fpn.modules()} == {training}
+    for blocks, inputs in ((fpn.inner_blocks, 6), (fpn.layer_blocks, 9 * OUT)):
+        largest = blocks[0][0].weight.detach().abs().max()
+        assert 0.8 < float(largest) / math.sqrt(3 / inputs) < 1.01  # He's uniform bound
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_only_the_new_blocks_draw_random_numbers(inference):
+    """A backbone that drops out draws none, and the same seed gives the same blocks."""
+    state = torch.get_rng_state()
+    drawn, weights = [], []
+    for dropout in (0.0, 0.5):
+        model = make()
+        model.backbone.body["block3"].append(nn.Dropout(dropout))
+        torch.set_rng_state(state)
+        with torch.inference_mode(inference):
+            adapt_detector(model, 0.5)
+            assert torch.equal(torch.get_rng_state(), state)
+            adapt_detector(model, 1, finer_level=True)
+        drawn.append(torch.get_rng_state())
+        weights.append(model.backbone.fpn.state_dict())
+        sum(model(*make_batch()).values()).backward()  # also of blocks made under inference mode
+    assert not torch.equal(drawn[0], state)
+    assert torch.equal(*drawn)
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+class Recorder:
+    """The user's hook: counts calls, and must not be copied with what it holds."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, *args):
+        self.calls += 1
+
+    def __deepcopy__(self, memo):
+        raise RuntimeError("copied")
+
+
+def test_hooks_of_the_neighbours_stay_theirs():
+    model, recorder = make().eval(), Recorder()
+    block = model.backbone.fpn.inner_blocks[0]
+    for part in (block, block[0]):
+        part.register_forward_hook(recorder)
+        part.register_forward_pre_hook(recorder)
+    block[0].weight.register_hook(recorder)
+    adapt_detector(model, 1, finer_level=True)
+    maps_of(model, torch.rand(1, 3, 64, 64))
+    assert recorder.calls == 4
+    assert not any(
+        hooks
+        for part in model.backbone.fpn.inner_blocks[0].modules()
+        for name, hooks in vars(part).items()
+        if name.endswith("_hooks")
+    )
+
+
+# What trained weights predict
+
+
+def decoded(model, image):
+    """Boxes [A, 4] before any selection, and the centres of the anchors."""
+    batch, _ = model.transform([image])
+    features = list(model.backbone(batch.tensors).values())
+    anchors = generator_of(model)(batch, features)
+    if isinstance(model, detection.FasterRCNN):
+        outputs = model.rpn.head(features)
+        deltas = detection.rpn.concat_box_prediction_layers(*outputs)[1]
+        boxes = model.rpn.box_coder.decode(deltas, anchors)[:, 0]
+    else:
+        deltas = model.head(features)["bbox_regression"][0]
+        single = isinstance(model, detection.RetinaNet)
+        boxes = (model.box_coder.decode_single if single else model.box_coder.decode)(
+            deltas, anchors[0]
+        )
+    return boxes, (anchors[0][:, :2] + anchors[0][:, 2:]).repeat(1, 2) / 2
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.25, 2])
+@pytest.mark.parametrize("build", [make_retinanet, make_fcos, make_rcnn])
+def test_the_same_weights_predict_boxes_of_scaled_size(build, scale):
+    model = make(build).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        before, centres = decoded(model, images()[0])
+        adapt_detector(model, scale)
+        after, same = decoded(model, images()[0])
+    assert torch.equal(centres, same)
+    assert float((before[:, 2:] - before[:, :2]).std()) > 1
+    torch.testing.assert_close(after - centres, (before - centres) * scale, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.25])
+def test_fcos_predicts_the_same_boxes_with_its_last_convolution_divided(scale):
+    model = make(make_fcos).eval()
+    expected = copy.deepcopy(model)
+    adapt_detector(model, scale)
+    with torch.no_grad():
+        for parameter in model.head.regression_head.bbox_reg.parameters():
+            parameter /= scale
+        assert len(expected(images())[0]["boxes"]) > 20
+    assert_same_outputs(model, expected)
+
+
+@pytest.mark.parametrize("finer_level", [True, False])
+@pytest.mark.parametrize("scale", [0.5, 2])
+def test_fcos_keeps_its_radius_in_pixels_and_its_ranges_follow(scale, finer_level):
+    """Which distances from a box's centre, and which boxes, a level takes in torchvision's loss."""
+    model = adapt_detector(make(make_fcos), scale, finer_level=finer_level)
+    sizes = [16 * scale * 2**i for i in range(-finer_level, 5)]
+    cells = [torch.tensor(level) for level in cells_of(model)]
+    assert [float(level[0, 2] - level[0, 0]) for level in cells] == sizes
+    # In torchvision the ranges are 4 to 8 times the size of an anchor.
+    radii = [model.center_sampling_radius * size for size in sizes]
+    assert radii == [1.5 * 16 * 2**i for i in range(-finer_level, 5)]
+
+
+# Input and caps
+
+
+@pytest.mark.parametrize("scale", [2, 0.5, np.float32(1.5)])
+def test_every_size_of_the_input_is_scaled(scale):
+    model = make(min_size=(64, 80), max_size=128, fixed_size=(96, 64))
+    adapt_detector(model, 1, input_scale=scale)
+    found = model.transform.min_size, model.transform.max_size, model.transform.fixed_size
+    assert found == ((64 * scale, 80 * scale), 128 * scale, (96 * scale, 64 * scale))
+    assert all(isinstance(size, int) for size in (*found[0], found[1], *found[2]))
+    (image,) = model.transform([torch.rand(3, 50, 50)])[0].image_sizes
+    assert image == (64 * scale, 96 * scale)
+
+
+@pytest.mark.parametrize(
+    ("objects", "detections"), [(1, 300), (300, 300), (301, 400), (np.int64(400), 400)]
+)
+def test_caps_are_rounded_up_and_never_lowered(objects, detections):
+    model = adapt_detector(
+        make(detections_per_img=300, topk_candidates=500), 1, max_objects=objects
+    )
+    assert (model.detections_per_img, model.topk_candidates) == (
+        detections,
+        max(500, 2 * math.ceil(objects / 100) * 100),
+    )
+    assert type(model.detections_per_img) is int
+
+
+def test_caps_of_two_stages():
+    model = make(make_rcnn, rpn_pre_nms_top_n_train=900, rpn_post_nms_top_n_test=100)
+    adapt_detector(model, 1, max_objects=401)
+    assert model.roi_heads.detections_per_img == 500
+    assert model.rpn._pre_nms_top_n == {"training": 1000, "testing": 1000}
+    assert model.rpn._post_nms_top_n == {"training": 2000, "testing": 1000}
+    before = copy.deepcopy(vars(model.rpn))
+    adapt_detector(model, 1, max_objects=7)
+    assert model.rpn._pre_nms_top_n == before["_pre_nms_top_n"]
+    assert model.rpn._post_nms_top_n == before["_post_nms_top_n"]
+    assert model.roi_heads.detections_per_img == 500
+
+
+# Rows of a comparison
+
+
+def test_a_row_is_the_call_that_it_stands_for():
+    row = row_of(make(), 0.5, finer_level=True, input_scale=2, max_objects=350)
+    by_row, by_hand = adapt_detector(make(), row), make()
+    torch.manual_seed(0)
+    adapt_detector(by_hand, 0.5, finer_level=True, input_scale=2, max_objects=350)
+    by_row.load_state_dict(by_hand.state_dict())
+    assert_same_outputs(by_row.eval(), by_hand.eval())
+    assert by_row.topk_candidates == by_hand.topk_candidates == 1000
+    assert by_row.detections_per_img == 400
+
+
+# Models that hold the detector; copies and files
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, nn.DataParallel])
+def test_the_one_detector_in_a_module_is_adapted(wrap):
+    model = make()
+    wrapped = wrap(model)
+    assert adapt_detector(wrapped, 0.5, finer_level=True) is wrapped
+    assert generator_of(model).sizes[0] == (4.0,)
+    assert len(model.backbone.fpn.inner_blocks) == 4
+
+
+def through_file(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "restored", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), through_file]
+)
+@pytest.mark.parametrize("build", [make_retinanet, make_fcos, make_rcnn])
+def test_copies_are_adapted_already(build, restored):
+    model = make(build).eval()
+    row = row_of(model, finer_level=True)
+    other = restored(adapt_detector(model, row))
+    assert_same_outputs(other, model)
+    with pytest.raises(ValueError, match="is the detector already adapted"):
+        adapt_detector(other, row)
+
+
+def test_adapted_patches_and_folds():
+    model = adapt_detector(make().eval(), 0.5, finer_level=True)
+    image, stock = torch.rand(1, 3, 64, 96), copy.deepcopy(model)
+    patched = dict(maps_of(patch_detector(model, [0.5, 0.4, 0.3]), image))
+    folded = dict(maps_of(fold_alpha(model), image))
+    torch.testing.assert_close(folded, patched)
+    assert list(model.state_dict()) == list(stock.state_dict())
+    assert not torch.allclose(folded["0"], maps_of(stock, image)[0][1])
+
+
+# Refusals
+
+
+def no_detector():
+    return nn.Sequential(nn.Conv2d(3, 3, 1))
+
+
+def two_detectors():
+    return nn.ModuleList([make(), make(make_fcos)])
+
+
+def with_generator(generator):
+    model = make(make_rcnn)
+    model.rpn.anchor_generator = generator
+    return model
+
+
+def unresized():
+    return tiny_retinanet(small_backbone(), weights_backbone=None)
+
+
+def without_pyramid():
+    backbone = nn.Conv2d(3, OUT, 3, 16, 1)
+    backbone.out_channels = OUT
+    return make(make_rcnn, levels=0, backbone=backbone)
+
+
+def with_body():
+    model = make()
+    model.backbone.body = nn.Sequential(model.backbone.body)
+    return model
+
+
+def with_block(block):
+    model = make()
+    model.backbone.fpn.inner_blocks[0] = block
+    return model
+
+
+class OwnPyramid(FeaturePyramidNetwork):
+    pass
+
+
+class LastFive(backbone_utils.BackboneWithFPN):
+    def forward(self, x):
+        return OrderedDict(list(super().forward(x).items())[-5:])
+
+
+class ByName(backbone_utils.BackboneWithFPN):
+    def forward(self, x):
+        maps = self.body(x)
+        return self.fpn(OrderedDict((name, maps[name]) for name in "012"))
+
+
+def with_class(part, cls):
+    model = make()
+    model.get_submodule(part).__class__ = cls
+    return model
+
+
+def row_for(change=lambda model: None, **keywords):
+    """A row that starts from what a detector was before `change`."""
+
+    def case():
+        model = make()
+        row = row_of(model)
+        change(model)
+        return model, (row,), keywords
+
+    return case
+
+
+def call(build, *args, **keywords):
+    return lambda: (build(), args, keywords)
+
+
+NO_ROOM = "fit: expected a scale that leaves each anchor an area, found"
+ADAPTED = "is the detector already adapted?"
+ROW = "fit: expected a row alone, as it holds the other arguments, found it with"
+ONE_DETECTOR = "model: expected one torchvision detector, with a transform and a backbone, found"
+RESIZES = "input_scale: expected a transform that resizes, found"
+BODY = "finer_level: expected a backbone whose body is torchvision's IntermediateLayerGetter, found"
+BLOCKS = (
+    "finer_level: expected blocks of the pyramid that are a Sequential with a Conv2d first, found"
+)
+STAGE = (
+    "finer_level: expected a stage at half the finest stride, 4 or more, and fused maps of "
+    "different strides, found strides"
+)
+TYPE_ERRORS = {
+    "model: expected a torch.nn.Module, found str": call(lambda: "retinanet", 1),
+    f"{ONE_DETECTOR} none in Sequential (0: Conv2d)": call(no_detector, 1),
+    f"{ONE_DETECTOR} 2 in ModuleList (0: RetinaNet, 1: FCOS)": call(two_detectors, 1),
+    "model: expected a detector with an AnchorGenerator, found FasterRCNN with Identity": call(
+        lambda: with_generator(nn.Identity()), 1
+    ),
+    **{
+        f"fit: expected a row such as comparison.best, or a number, found {name}": call(make, value)
+        for name, value in [
+            ("NoneType", None),
+            ("str", "0.5"),
+            ("bool", True),
+            ("Tensor", torch.ones(9, 9)),
+        ]
+    },
+    f"{ROW} finer_level=True, input_scale=1, max_objects=None": row_for(finer_level=True),
+    f"{ROW} finer_level=False, input_scale=2, max_objects=None": row_for(input_scale=2),
+    f"{ROW} finer_level=False, input_scale=1, max_objects=100": row_for(max_objects=100),
+    "finer_level: expected a bool, found 1": call(make, 1, finer_level=1),
+    "input_scale: expected a number, found str": call(make, 1, input_scale="2"),
+    "max_objects: expected a whole number, found 3.5": call(make, 1, max_objects=3.5),
+    "max_objects: expected a whole number, found True": call(make, 1, max_objects=True),
+}
+VALUE_ERRORS = {
+    **{
+        f"fit: expected a finite number above 0, found {value:g}": call(make, value)
+        for value in (0, -1, math.nan, math.inf)
+    },
+    f"{NO_ROOM} 0.02: an anchor on level 0 would have 0 x 0 pixels": call(make, 0.02),
+    f"{NO_ROOM} 1e+38: an anchor on level 0 would have inf x inf pixels": call(make, 1e38),
+    "fit: expected the anchor (-8.0, -8.0, 8.0, 8.0) that the row starts from, found (-4.0, -4.0, "
+    f"4.0, 4.0): {ADAPTED}": row_for(lambda model: adapt_detector(model, 0.5)),
+    "fit: expected the anchor (-128.0, -128.0, 128.0, 128.0) that the row starts from, found None: "
+    f"{ADAPTED}": row_for(lambda model: generator_of(model).cell_anchors.pop()),
+    "fit: expected the input sizes ((64,), 96, None) that the row starts from, found ((128,), 192, "
+    f"None): {ADAPTED}": row_for(lambda model: adapt_detector(model, 1, input_scale=2)),
+    "input_scale: expected a finite number above 0, found -2": call(make, 1, input_scale=-2),
+    "input_scale: expected sizes of at least 1, found ((0,), 1, None)": call(
+        make, 1, input_scale=0.006
+    ),
+    f"{RESIZES} _Unresized, which does not: give it larger images": call(
+        unresized, 1, input_scale=2
+    ),
+    f"{RESIZES} GeneralizedRCNNTransform, which does not: give it larger images": call(
+        lambda: make(_skip_resize=True), 1, input_scale=2
+    ),
+    "max_objects: expected at least 1, found 0": call(make, 1, max_objects=0),
+    "model: expected a pyramid without fusion factors, found an AlphaFeaturePyramidNetwork: adapt "
+    "before patching": call(lambda: patch_detector(make(), 0.5), 0.5),
+    # Where torchvision's own error comes late and says little, or there is none.
+    "anchor generator: expected 1 anchors per cell, as the head has, found 3": call(
+        lambda: with_generator(AnchorGenerator(((8, 9, 10),) * 4, ((1.0,),) * 4)), 1
+    ),
+    "anchor generator: expected 1 anchors per cell, as the head has, found 1 and 2": call(
+        lambda: with_generator(AnchorGenerator(((8, 9), *((8,),) * 3), ((1.0,),) * 4)), 1
+    ),
+    "anchor generator: expected feature maps for 3 levels of anchors, found 4 (0, 1, 2, pool)": (
+        call(lambda: with_generator(squares(3)), 1, finer_level=True)
+    ),
+    f"{STAGE} [4, 8, 16, 32] of ['block2', 'block3', 'block4', 'block5']; the stages are stem "
+    "(stride 2), block1 (stride 2), block2 (stride 4), block3 (stride 8), block4 (stride 16), "
+    "block5 (stride 32)": call(lambda: make(levels=4), 1, finer_level=True),
+    f"{BODY} none": call(without_pyramid, 1, finer_level=True),
+    f"{BODY} Sequential": call(with_body, 1, finer_level=True),
+    "finer_level: expected a FeaturePyramidNetwork, found OwnPyramid": call(
+        lambda: with_class("backbone.fpn", OwnPyramid), 1, finer_level=True
+    ),
+    f"{BLOCKS} Conv2d": call(lambda: with_block(nn.Conv2d(8, OUT, 1)), 1, finer_level=True),
+    f"{BLOCKS} a Identity there": call(
+        lambda: with_block(nn.Sequential(nn.Identity(), nn.Conv2d(8, OUT, 1))), 1, finer_level=True
+    ),
+    "finer_level: expected feature maps for 6 levels of anchors, found 5 (0, 1, 2, p6, p7)": call(
+        lambda: with_class("backbone", LastFive), 1, finer_level=True
+    ),
+    "finer_level: expected a backbone that makes feature maps for 6 levels of anchors, found "
+    "RuntimeError: Given groups=1, weight of size [64, 12, 1, 1], expected input[1, 10, 16, 16] to "
+    "have 12 channels, but got 10 channels instead": call(
+        lambda: with_class("backbone", ByName), 1, finer_level=True
+    ),
+}
+REFUSALS = [
+    pytest.param(error, message, case, id=re.sub(r"[^\w.]+", " ", message)[:80])
+    for error, cases in ((TypeError, TYPE_ERRORS), (ValueError, VALUE_ERRORS))
+    for message, case in cases.items()
+]
+
+
+@pytest.mark.parametrize(("error", "message", "case"), REFUSALS)
+def test_refusals(error, message, case):
+    """One line, and the model stays bitwise and attribute for attribute what it was."""
+    model, args, keywords = case()
+    before, objects = pickle.dumps(model), tensors(model)
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        adapt_detector(model, *args, **keywords)
+    assert pickle.dumps(model) == before
+    assert all(x is y for x, y in zip(tensors(model), objects, strict=True))
+
+
+def tensors(model):
+    return list(model.state_dict(keep_vars=True).values()) if isinstance(model, nn.Module) else []
+
+
+def test_what_mobilenet_cannot_have_is_said():
+    with pytest.raises(ValueError, match=r"found strides \[32, 32\] of \['13', '16'\]; .* 13 \(s"):
+        adapt_detector(on_meta("fasterrcnn_mobilenet_v3_large_fpn"), 1, finer_level=True)
+    with pytest.raises(ValueError, match=r"found strides \[4, 8, 16, 32\] of \['layer1'.* layer1 "):
+        adapt_detector(on_meta("fasterrcnn_resnet50_fpn"), 1, finer_level=True)
+
+
+def test_wrapped_and_scripted_detectors_are_refused(tmp_path):
+    def refused(model, name):
+        before = pickle.dumps(model) if name.startswith("D") else b""
+        message = (
+            rf"expected a module without wrapper, found a {name} .*; adapt before wrapping or s"
+        )
+        with pytest.raises(TypeError, match=message):
+            adapt_detector(model, 0.5)
+        assert before == (pickle.dumps(model) if before else b"")
+
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        refused(DistributedDataParallel(make()), "DistributedDataParallel")
+        if not torch.__version__.startswith("2.6."):  # FSDP2 of old torch knows no CPU
+            refused(fully_shard(make(), mesh=init_device_mesh("cpu", (1,))), "FSDPModule")
+            sharded = FullyShardedDataParallel(make(), device_id=torch.device("cpu"))
+            refused(sharded, "FullyShardedDataParallel")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_detectors_are_refused():
+    with pytest.raises(TypeError, match=r"found a ScriptModule .*; adapt before wrapping or scri"):
+        adapt_detector(torch.jit.script(make()), 0.5)
