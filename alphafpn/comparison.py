@@ -16,16 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from alphafpn.adapt import AnchorFit, anchor_sizes, change, check_heads, scaled_anchors, start_of
 from alphafpn.display import new_axes, table
-from alphafpn.estimate.anchor_layout import AnchorLayout, largest
+from alphafpn.estimate.anchor_layout import AnchorLayout, check_distinct, largest
 from alphafpn.estimate.annotations import Annotations, read_annotations
 from alphafpn.estimate.checks import check_clamp
-from alphafpn.estimate.distinct import check_distinct
 from alphafpn.estimate.fcos import owned_boxes
-from alphafpn.estimate.for_detector import InputBoxes, estimate_probe, input_boxes
-from alphafpn.estimate.grids import as_tuples
-from alphafpn.estimate.matcher import GridMatcher
 from alphafpn.estimate.probe import DetectorProbe, run_backbone, skeleton
 from alphafpn.estimate.report import factor_origin, factors
+from alphafpn.estimate.s_alpha import InputBoxes, estimate_probe, input_boxes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -385,15 +382,7 @@ def _rounded(scale: float) -> float:
 def _best_iou(seen: InputBoxes, cells: Sequence[Tensor], step: int) -> Tensor:
     """Computes the best IoU of every `step`-th box with anchors of these cells."""
     layout_index = seen.layout_index.repeat_interleave(seen.boxes_per_image)[::step]
-    grids = [
-        [
-            level._replace(cells=as_tuples(cell))
-            for level, cell in zip(layout._levels, cells, strict=True)
-        ]
-        for layout in seen.layouts
-    ]
-    matcher = GridMatcher(grids, seen.boxes.dtype, seen.boxes.device)
-    return matcher.match(seen.boxes[::step], layout_index)[1]
+    return seen.matcher(False, cells).match(seen.boxes[::step], layout_index)[1]
 
 
 def _reached(variant: DetectorProbe, annotations: Annotations, step: int) -> Any:

@@ -96,7 +96,7 @@ def draw_boxes(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Boxes in, across and outside the image; some on whole pixels, on cells, or without area."""
-    (rows, columns), (stride_y, stride_x) = layout._levels[0].size, layout._levels[0].stride
+    (rows, columns), (stride_y, stride_x) = layout.grid_sizes[0], layout.strides[0]
     extent = np.array([columns * stride_x, rows * stride_y])
     sides = np.exp(1.2 * rng.normal(size=(count, 2))) * rng.choice([3, 10, 40])
     centres = rng.uniform(-0.2, 1.2, (count, 2)) * extent

@@ -2,8 +2,7 @@
 
 from alphafpn.estimate.alpha_estimate import AlphaEstimate
 from alphafpn.estimate.anchor_layout import AnchorLayout
-from alphafpn.estimate.for_detector import estimate_alpha_for
-from alphafpn.estimate.s_alpha import estimate_alpha
+from alphafpn.estimate.s_alpha import estimate_alpha, estimate_alpha_for
 
 __all__ = [
     "AlphaEstimate",

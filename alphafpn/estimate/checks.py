@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
+
+# The paper's bounds on fusion factors.
+DEFAULT_CLAMP = (0.2, 2.0)
 
 
 def check_boxes(boxes: object, where: str) -> Tensor:
@@ -18,15 +23,15 @@ def check_boxes(boxes: object, where: str) -> Tensor:
             its area is not finite.
     """
     if not isinstance(boxes, Tensor):
-        raise TypeError(f"{where}: a tensor [N, 4] expected, found {type(boxes).__name__}")
+        raise TypeError(f"{where}: expected a tensor [N, 4], found {type(boxes).__name__}")
     if boxes.dtype == torch.bool or boxes.is_complex():
-        raise TypeError(f"{where}: real numbers expected, found {boxes.dtype}")
+        raise TypeError(f"{where}: expected real numbers, found {boxes.dtype}")
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         # An image without boxes is often written `torch.tensor([])`.
         if boxes.shape in ((0,), (0, 0), (1, 0)):
-            return boxes.new_zeros((0, 4), dtype=torch.float32)
-        raise ValueError(f"{where}: shape [N, 4] expected, found {list(boxes.shape)}")
-    boxes = boxes.detach()
+            return torch.zeros((0, 4), device=boxes.device)
+        raise ValueError(f"{where}: expected shape [N, 4], found {list(boxes.shape)}")
+    boxes = to_xyxy(boxes, where).detach()
     if boxes.dtype not in (torch.float32, torch.float64):
         boxes = boxes.float()
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
@@ -35,22 +40,51 @@ def check_boxes(boxes: object, where: str) -> Tensor:
     if not ok.all():
         index = int(ok.int().argmin())
         raise ValueError(
-            f"{where}[{index}]: finite x1 <= x2 and y1 <= y2, with a finite area, expected, found "
+            f"{where}[{index}]: expected finite x1 <= x2 and y1 <= y2, with a finite area, found "
             f"{boxes[index].tolist()}"
         )
     return boxes
 
 
-def check_num_fused_levels(num_fused_levels: int, num_levels: int) -> None:
-    """Raises TypeError or ValueError unless 2 <= num_fused_levels <= num_levels."""
-    if not isinstance(num_fused_levels, int):
-        raise TypeError(f"num_fused_levels: an int expected, found {num_fused_levels!r}")
-    if not 2 <= num_fused_levels <= num_levels:
+def to_xyxy(boxes: Tensor, where: str) -> Tensor:
+    """Returns `BoundingBoxes` of any unrotated format as a plain tensor in xyxy."""
+    if not isinstance(boxes, BoundingBoxes):
+        return boxes
+    if boxes.format not in (
+        BoundingBoxFormat.XYXY, BoundingBoxFormat.XYWH, BoundingBoxFormat.CXCYWH,
+    ):  # fmt: skip
+        raise ValueError(f"{where}: expected unrotated boxes, found {boxes.format.value}")
+    # Few need it, and it is slow to import.
+    from torchvision.transforms.v2.functional import convert_bounding_box_format
+
+    plain: Tensor = boxes.as_subclass(Tensor)
+    if boxes.format is BoundingBoxFormat.XYXY:
+        return plain
+    plain = plain if plain.dtype == torch.float64 else plain.float()
+    xyxy: Tensor = convert_bounding_box_format(plain, boxes.format, BoundingBoxFormat.XYXY)
+    return xyxy
+
+
+def check_num_fused_levels(num_fused_levels: Any, num_levels: int) -> int:
+    """Returns `num_fused_levels` as an int from 2 to `num_levels`.
+
+    Raises:
+        TypeError: If it is no whole number.
+        ValueError: If it is out of range.
+    """
+    try:
+        if isinstance(num_fused_levels, bool):
+            raise TypeError
+        number = operator.index(num_fused_levels)
+    except TypeError:
+        raise TypeError(f"num_fused_levels: expected an int, found {num_fused_levels!r}") from None
+    if not 2 <= number <= num_levels:
         raise ValueError(
-            f"num_fused_levels: from 2 to the number of levels ({num_levels}) expected, found "
-            f"{num_fused_levels}. (torchvision's AnchorGenerator returns one tensor per image, not "
-            "per level: see AnchorLayout.from_detector.)"
+            f"num_fused_levels: expected 2 to {num_levels}, the number of levels, found {number}. "
+            "(torchvision's AnchorGenerator returns one tensor per image, not per level: see "
+            "AnchorLayout.from_detector.)"
         )
+    return number
 
 
 def check_clamp(clamp: Any) -> tuple[float, float] | None:
@@ -65,7 +99,7 @@ def check_clamp(clamp: Any) -> tuple[float, float] | None:
     try:
         low, high = (float(bound) for bound in clamp)
     except (TypeError, ValueError):
-        raise TypeError(f"clamp: None or (lower, upper) expected, found {clamp!r}") from None
+        raise TypeError(f"clamp: expected None or (lower, upper), found {clamp!r}") from None
     if not 0 <= low <= high < math.inf:
-        raise ValueError(f"clamp: 0 <= lower <= upper < inf expected, found {clamp!r}")
+        raise ValueError(f"clamp: expected 0 <= lower <= upper < inf, found {clamp!r}")
     return low, high

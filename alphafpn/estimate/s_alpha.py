@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from alphafpn.estimate.alpha_estimate import AlphaEstimate
-from alphafpn.estimate.anchor_layout import AnchorLayout, describe
-from alphafpn.estimate.checks import check_boxes, check_clamp, check_num_fused_levels
-from alphafpn.estimate.counting import block_size, count_levels, images_of
-from alphafpn.estimate.distinct import check_distinct
-from alphafpn.estimate.grids import recognise_grid
+from alphafpn.estimate.alpha_estimate import IOU_BINS, SIZE_UNIT, AlphaEstimate
+from alphafpn.estimate.anchor_layout import (
+    AnchorLayout,
+    check_anchors,
+    check_distinct,
+    describe,
+    largest,
+    recognise_grid,
+)
+from alphafpn.estimate.annotations import Annotations, read_annotations
+from alphafpn.estimate.checks import (
+    DEFAULT_CLAMP,
+    check_boxes,
+    check_clamp,
+    check_num_fused_levels,
+)
+from alphafpn.estimate.coco import Id
+from alphafpn.estimate.fcos import RangeMatcher
 from alphafpn.estimate.matcher import GridMatcher
+from alphafpn.estimate.probe import DetectorProbe
+from alphafpn.estimate.resize import Size
 from alphafpn.estimate.search import Matcher, SearchMatcher
+from alphafpn.estimate.shards import failures_are_shared, is_shard
+
+# Boxes that are matched and counted at once. This bounds temporary memory.
+BLOCK = 1 << 19
 
 Levels = Sequence[Tensor]
 
 
+@failures_are_shared()
 def estimate_alpha(
     anchors: AnchorLayout | Sequence[AnchorLayout] | Levels | Sequence[Levels],
     gt_boxes: Tensor | Sequence[Tensor],
     *,
     num_fused_levels: int | None = None,
-    clamp: tuple[float, float] | None = (0.2, 2.0),
+    clamp: tuple[float, float] | None = DEFAULT_CLAMP,
 ) -> AlphaEstimate:
     """Reads fusion factors off boxes and anchors (Algorithm 1 and Eq. 2).
 
@@ -39,9 +58,11 @@ def estimate_alpha(
     Args:
         anchors: What all images share, a layout or anchors [N_l, 4] per level, finest level first;
             or a sequence of one of these per image. Plain anchors on a regular grid take the same
-            fast path as a layout; others are searched exactly, in blocks.
+            fast path as a layout; others are searched exactly, in blocks. Pass the same object for
+            images that share their anchors: each object is prepared once.
         gt_boxes: Boxes [G, 4] of one image, or a sequence of them, one per image; xyxy in pixels of
-            the image as the network sees it. An image may have none.
+            the image as the network sees it. `BoundingBoxes` may have any unrotated format. An
+            image may have no boxes.
         num_fused_levels: K, the number of levels that the pyramid fuses, its
             `len(in_channels_list)`; by default the layout's own, else all levels but one.
         clamp: (lower, upper) bound of the factors, or None. The paper's is (0.2, 2.0).
@@ -62,65 +83,306 @@ def estimate_alpha(
     clamp = check_clamp(clamp)
     name = "gt_boxes" if isinstance(gt_boxes, Tensor) else "gt_boxes[{}]"
     images = _images(gt_boxes, name)
-    kinds, kind_of_image = _kinds(anchors, len(images), num_fused_levels)
-    num_levels = len(_tensors(kinds[0]))
+    groups = _groups(anchors, len(images))
+    num_levels = len(_tensors(groups[0][0]))
     if num_fused_levels is None:
-        num_fused_levels = getattr(kinds[0], "num_fused_levels", num_levels - 1)
-    check_num_fused_levels(num_fused_levels, num_levels)
-    layouts = [kind for kind in kinds if isinstance(kind, AnchorLayout)]
-    description = describe(layouts if len(layouts) == len(kinds) else [], num_levels)
+        first = anchors if isinstance(anchors, AnchorLayout) else anchors[0]
+        num_fused_levels = getattr(first, "num_fused_levels", num_levels - 1)
+    num_fused_levels = check_num_fused_levels(num_fused_levels, num_levels)
+    layouts = [kind for kind, _ in groups if isinstance(kind, AnchorLayout)]
+    description = describe(layouts if len(layouts) == len(groups) else [], num_levels)
     device = images[0].device if images else torch.device("cpu")
-    all_sizes = torch.tensor([b.shape[0] for b in images], dtype=torch.int64, device="cpu")
     estimates = []
-    families = _families(kinds)
-    for family in families:
-        members = np.flatnonzero(np.isin(kind_of_image, family))
-        chosen = images if len(families) == 1 else [images[i] for i in members]
-        sizes = all_sizes[members]
-        dtype = _dtype([*chosen, *(level for k in family for level in _tensors(kinds[k]))])
-        matcher = _matcher([kinds[k] for k in family], dtype, device)
-        layout = torch.from_numpy(np.searchsorted(family, kind_of_image[members]))
-        blocks = _blocks(chosen, sizes, name, members)
-        counts = count_levels(matcher, blocks, sizes, num_levels, layout)
-        estimates.append(counts.estimate(num_fused_levels, clamp, int(sizes.sum()), **description))
+    for kind, members in groups:
+        chosen = [images[i] for i in members]
+        tensors = [*chosen, *_tensors(kind)]
+        wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+        dtype = torch.float64 if wide else torch.float32
+        matcher: Matcher
+        if isinstance(kind, AnchorLayout):
+            matcher = GridMatcher(kind.cell_anchors, [kind], dtype, device)
+        else:
+            matcher = SearchMatcher(kind, dtype, device)
+        boxes_per_image = torch.tensor([len(b) for b in chosen], dtype=torch.int64, device="cpu")
+        blocks = _blocks(chosen, members, name)
+        counts = count_levels(matcher, blocks, boxes_per_image, num_levels)
+        estimates.append(counts.estimate(num_fused_levels, clamp, **description))
     return functools.reduce(AlphaEstimate.merge, estimates)
 
 
-def _blocks(
-    images: Sequence[Tensor], sizes: Tensor, name: str, members: npt.NDArray[np.int64]
-) -> Iterator[Tensor]:
-    """Yields the boxes of all images in blocks of equal length, checked; `members` names images."""
-    ends = sizes.cumsum(0)
-    total = int(sizes.sum())
-    size = block_size(images[0].device) if total else 1
-    for start in range(0, total, size):
-        stop = min(start + size, total)
-        first, end = images_of(ends, start, stop)
-        pieces = list(images[first:end])
-        pieces[-1] = pieces[-1][: stop - int(ends[end - 1] - sizes[end - 1])]
-        pieces[0] = pieces[0][start - int(ends[first] - sizes[first]) :]
-        block = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+@failures_are_shared()
+def estimate_alpha_for(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    category_ids: Collection[Id] | None = None,
+    clamp: tuple[float, float] | None = DEFAULT_CLAMP,
+    progress: bool = False,
+) -> AlphaEstimate:
+    """Reads factors off a data set for a detector, in the coordinates that its network sees.
+
+    Levels, anchors, resize, padding and K are the detector's own. Each image is resized and padded
+    as if alone in its batch; if training chooses among several `min_size`, each counts with equal
+    weight. No image is opened if the annotations hold the sizes. The model stays as it is.
+
+    FCOS matches no anchors: its levels follow its regression ranges.
+
+    Args:
+        model: A torchvision detector with a feature pyramid, or a module that holds exactly one.
+        dataset: A path to a COCO JSON file, or a sequence of paths, which count as one file (ids
+            are each file's own), or such a file as a dictionary in memory; an iterable of
+            `((height, width), boxes)` with boxes [n, 4] xyxy in original pixels; or a
+            torchvision-style data set: `(image, target, ...)` with `boxes` in the target, or
+            dictionaries with `image` and `boxes` or `bbox_xyxy`.
+        category_ids: Count only boxes of these categories: COCO ids, or the items' labels.
+        clamp: (lower, upper) bound of the factors, or None.
+        progress: Show a progress bar on stderr while a data set is read item by item.
+
+    Raises:
+        TypeError: If `model` or `dataset` is of another kind.
+        ValueError: If the data set is broken, no boxes are left, or two levels of the detector
+            cannot be told apart (torchvision's MobileNet detectors). One of several processes of a
+            `torch.distributed` group may have no boxes: its estimate is a shard for `all_reduce`.
+
+    Examples:
+        >>> from torchvision.models import get_model
+        >>> model = get_model("fasterrcnn_resnet50_fpn", weights=None, weights_backbone=None)
+        >>> boxes = torch.tensor([[10.0, 10.0, 40.0, 50.0], [200, 90, 300, 150]])
+        >>> estimate_alpha_for(model, [((480, 640), boxes)]).counts
+        (0, 1, 1, 0, 0)
+    """
+    clamp = check_clamp(clamp)
+    probe = DetectorProbe(model)
+    annotations = read_annotations(
+        dataset, category_ids=category_ids, progress=progress, allow_empty=is_shard()
+    )
+    return estimate_probe(probe, annotations, clamp)
+
+
+def estimate_probe(
+    probe: DetectorProbe, annotations: Annotations, clamp: tuple[float, float] | None
+) -> AlphaEstimate:
+    """Counts annotations that have been read, as `estimate_alpha_for` does."""
+    num_levels = len(probe.generator.cell_anchors)
+    parts = [input_boxes(probe, annotations, size) for size in probe.resize.min_sizes]
+    layouts = [layout for part in parts for layout in part.layouts]
+    if layouts and not probe.is_fcos:
+        check_distinct(largest(layouts), "the detector")
+    counts = [
+        count_levels(
+            part.matcher(probe.is_fcos) if layouts else None,
+            part.boxes.split(BLOCK),
+            part.boxes_per_image,
+            num_levels,
+            part.layout_index,
+        )
+        for part in parts
+    ]
+    limit = probe.detections_per_image
+    return functools.reduce(LevelCounts.__add__, counts).estimate(
+        probe.num_fused_levels,
+        clamp,
+        follows_iou=not probe.is_fcos,
+        **describe(layouts, num_levels),
+        left_out=dict(annotations.left_out),
+        num_clipped=annotations.num_clipped,
+        num_fit_swapped=annotations.num_fit_swapped,
+        notes=dict(annotations.notes),
+        detections_per_image=limit,
+        num_crowded=0 if limit is None else int((annotations.boxes_per_image > limit).sum()),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class InputBoxes:
+    """Boxes as the network sees them, at one of the sizes that training chooses from.
+
+    Attributes:
+        boxes: [G, 4] xyxy, float32, in pixels of the resized images, ordered by image.
+        boxes_per_image: int64 [M].
+        layouts: The layouts of anchors that images have.
+        layout_index: The layout of each image, int64 [M].
+    """
+
+    boxes: Tensor
+    boxes_per_image: Tensor
+    layouts: list[AnchorLayout]
+    layout_index: Tensor
+
+    def matcher(self, is_fcos: bool, cell_anchors: Sequence[Tensor] | None = None) -> Matcher:
+        """Makes a matcher for these images, by default with the layouts' own cell anchors."""
+        cells = self.layouts[0].cell_anchors if cell_anchors is None else cell_anchors
+        if is_fcos:
+            sizes = [float(level[0, 2] - level[0, 0]) for level in cells]
+            return RangeMatcher(sizes, self.boxes.device)
+        return GridMatcher(cells, self.layouts, self.boxes.dtype, self.boxes.device)
+
+
+def input_boxes(probe: DetectorProbe, annotations: Annotations, min_size: int | None) -> InputBoxes:
+    """Resizes the boxes as the detector does, and finds the layout of each image.
+
+    Raises:
+        ValueError: If a resized image has no pixels; the message names it.
+    """
+    # Sizes repeat: work is per different size, and per different padded shape.
+    key = annotations.image_sizes[:, 0] << 32 | annotations.image_sizes[:, 1]
+    unique, first, size_of_image = np.unique(key, return_index=True, return_inverse=True)
+    index: dict[Size, int] = {}
+    layouts: list[AnchorLayout] = []
+    layout_of_size = np.empty(len(unique), dtype=np.int64)
+    scale = np.empty((len(unique), 2), dtype=np.float32)
+    for i, both in enumerate(unique.tolist()):
+        size = (both >> 32, both & 0xFFFFFFFF)
         try:
-            block = check_boxes(block, "")
-        except ValueError:
-            for i in range(first, end):
-                check_boxes(images[i], name.format(members[i]))
-            raise
-        yield block
+            resized, padded = probe.resize.frame(size, min_size)
+        except ValueError as error:
+            raise ValueError(f"{annotations.place(first[i])}: {error}") from None
+        if padded not in index:
+            index[padded] = len(layouts)
+            layouts.append(AnchorLayout(*probe.anchor_grids(padded)))
+        layout_of_size[i] = index[padded]
+        # `resize_boxes` divides in float32.
+        scale[i] = np.asarray(resized, np.float32) / np.asarray(size, np.float32)
+    boxes_per_image = torch.from_numpy(annotations.boxes_per_image)
+    # One row (x, y, x, y) per image, then one per box.
+    factors = torch.from_numpy(scale[size_of_image][:, ::-1].repeat(2, axis=0).copy())
+    boxes = factors.view(-1, 4).repeat_interleave(boxes_per_image, 0)
+    boxes.mul_(torch.from_numpy(annotations.boxes))
+    return InputBoxes(
+        boxes, boxes_per_image, layouts, torch.from_numpy(layout_of_size[size_of_image])
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class LevelCounts:
+    """The sums over boxes that an `AlphaEstimate` is made of.
+
+    Attributes:
+        per_image: Boxes per image and level, int64 [M, L + 1]; the last column counts boxes that
+            overlap no anchor.
+        histogram: Boxes per level and hundredth of best IoU, int64 [L + 1, 101].
+        size_sum: Sum of sqrt(width * height), in `SIZE_UNIT`, float64.
+        num_sizes: Input sizes that were added.
+    """
+
+    per_image: Tensor
+    histogram: Tensor
+    size_sum: Tensor
+    num_sizes: int = 1
+
+    def __add__(self, other: LevelCounts) -> LevelCounts:
+        """Adds the same images, counted at another input size too."""
+        return LevelCounts(
+            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(LevelCounts))
+        )
+
+    def estimate(
+        self,
+        num_fused_levels: int,
+        clamp: tuple[float, float] | None,
+        *,
+        follows_iou: bool = True,
+        **description: Any,
+    ) -> AlphaEstimate:
+        """Makes the estimate; `description` is what else an `AlphaEstimate` holds."""
+        *counts, num_unmatched = self.per_image.sum(0).tolist()
+        # Products of counts in float64 are exact far beyond any data set.
+        per_image = self.per_image[:, :-1].double()
+        moments = (per_image.t() @ per_image).round().long().tolist()
+        half = (IOU_BINS - 1) // 2
+        reached = self.histogram[:-1, half:].sum(1).tolist()
+        return AlphaEstimate(
+            counts=tuple(counts),
+            moments=tuple(tuple(row) for row in moments),
+            num_fused_levels=num_fused_levels,
+            num_images=len(per_image),
+            num_boxes=(sum(counts) + num_unmatched) // self.num_sizes,
+            num_unmatched=num_unmatched,
+            num_sizes=self.num_sizes,
+            clamp=clamp,
+            iou_histogram=tuple(self.histogram.sum(0).tolist()) if follows_iou else None,
+            reached=tuple(reached) if follows_iou else (),
+            size_sum=int(self.size_sum),
+            **description,
+        )
+
+
+def count_levels(
+    matcher: Matcher | None,
+    blocks: Iterable[Tensor],
+    boxes_per_image: Tensor,
+    num_levels: int,
+    layout_index: Tensor | None = None,
+) -> LevelCounts:
+    """Matches boxes and adds them up, block by block.
+
+    Args:
+        matcher: Of the anchors; None if there are no boxes.
+        blocks: Boxes [n, 4] xyxy, image after image; a block may end within an image.
+        boxes_per_image: int64 [M], on the CPU.
+        num_levels: L.
+        layout_index: Which of the matcher's layouts each image has, int64 [M]; by default the only
+            one.
+    """
+    device = torch.device("cpu") if matcher is None else matcher.device
+    if layout_index is None:
+        layout_index = torch.zeros_like(boxes_per_image)
+    layout_index, ends = layout_index.to(device), boxes_per_image.cumsum(0).to(device)
+    per_image = torch.zeros(len(ends), num_levels + 1, dtype=torch.int64, device=device)
+    histogram = torch.zeros(num_levels + 1, IOU_BINS, dtype=torch.int64, device=device)
+    size_sum = torch.zeros((), dtype=torch.float64, device=device)
+    start = 0
+    for block in blocks:
+        if matcher is None or not len(block):
+            continue
+        box_index = torch.arange(start, start + len(block), device=device)
+        start += len(block)
+        image = torch.searchsorted(ends, box_index, right=True)
+        level, iou = matcher.match(block, layout_index[image])
+        rows = per_image[int(image[0]) : int(image[-1]) + 1]
+        key = (image - image[0]) * (num_levels + 1) + level
+        rows += torch.bincount(key, minlength=rows.numel()).view_as(rows)
+        # The small number makes up for the rounding of an IoU that is a whole hundredth.
+        bins = (iou * (IOU_BINS - 1) + 1e-4).long()
+        found = torch.bincount(level * IOU_BINS + bins, minlength=histogram.numel())
+        histogram += found.view_as(histogram)
+        area = (block[:, 2] - block[:, 0]) * (block[:, 3] - block[:, 1])
+        size_sum += (area.sqrt_() / SIZE_UNIT).round_().sum(dtype=torch.float64)
+    return LevelCounts(per_image, histogram, size_sum)
+
+
+def _blocks(images: Sequence[Tensor], members: Sequence[int], name: str) -> Iterator[Tensor]:
+    """Yields the boxes of all images in blocks, checked; `members` are the images' numbers."""
+    try:
+        some: list[Tensor] = []
+        count = 0
+        for piece in (piece for boxes in images for piece in boxes.split(BLOCK)):
+            if count + len(piece) > BLOCK:
+                yield check_boxes(torch.cat(some), "")
+                some, count = [], 0
+            some.append(piece)
+            count += len(piece)
+        if count:
+            yield check_boxes(torch.cat(some), "")
+    except ValueError:
+        for boxes, i in zip(images, members, strict=True):
+            check_boxes(boxes, name.format(i))
+        raise
 
 
 def _images(gt_boxes: Any, name: str) -> list[Tensor]:
     """Returns boxes [G, 4] per image, floating, on one device; their values are not checked."""
     if not isinstance(gt_boxes, Iterable) or isinstance(gt_boxes, str | bytes | dict):
+        advice = "; a data set needs a detector: see estimate_alpha_for"
         raise TypeError(
-            "gt_boxes: a tensor [G, 4], or a sequence of one per image expected, found "
-            f"{type(gt_boxes).__name__}"
+            "gt_boxes: expected a tensor [G, 4], or a sequence of one per image, found "
+            f"{type(gt_boxes).__name__}{advice}"
         )
     images = [gt_boxes] if isinstance(gt_boxes, Tensor) else list(gt_boxes)
     for i, boxes in enumerate(images):
         # This loop runs over every image, so it leaves the values to the blocks.
         if not (
-            isinstance(boxes, Tensor)
+            type(boxes) is Tensor
             and boxes.dim() == 2
             and boxes.shape[1] == 4
             and boxes.dtype in (torch.float32, torch.float64)
@@ -128,114 +390,76 @@ def _images(gt_boxes: Any, name: str) -> list[Tensor]:
             images[i] = check_boxes(boxes, name.format(i))
     devices = {boxes.device for boxes in images}
     if len(devices) > 1:
-        raise ValueError(f"gt_boxes: one device expected, found {sorted(map(str, devices))}")
+        raise ValueError(f"gt_boxes: expected one device, found {sorted(map(str, devices))}")
+    if devices and devices.pop().type == "mps":  # it has no float64, which sums are exact in
+        images = [boxes.cpu() for boxes in images]
     return images
 
 
-def _kinds(
-    anchors: Any, num_images: int, num_fused_levels: int | None
-) -> tuple[list[AnchorLayout | Levels], npt.NDArray[np.int64]]:
-    """Finds the different anchors in `anchors`, and which of them each image has."""
-    same = np.zeros(num_images, dtype=np.int64)
+def _groups(anchors: Any, num_images: int) -> list[tuple[AnchorLayout | Levels, list[int]]]:
+    """Returns the different anchors in `anchors`, checked, and the images that have each."""
+    everything = list(range(num_images))
     if isinstance(anchors, AnchorLayout):
-        return [_checked(anchors, "anchors", num_fused_levels)], same
-    if isinstance(anchors, Tensor) or not isinstance(anchors, Sequence) or len(anchors) == 0:
+        return [(_checked(anchors, "anchors"), everything)]
+    if isinstance(anchors, nn.Module):
         raise TypeError(
-            "anchors: an AnchorLayout, a sequence of tensors [N_l, 4] per level, or a sequence of "
-            f"one of these per image expected, found {_describe(anchors)}"
+            f"anchors: expected an AnchorLayout or tensors, found {type(anchors).__name__}; "
+            "estimate_alpha_for takes a detector"
+        )
+    if isinstance(anchors, Tensor | str) or not (isinstance(anchors, Sequence) and anchors):
+        raise TypeError(
+            "anchors: expected an AnchorLayout, a sequence of tensors [N_l, 4] per level, or a "
+            f"sequence of one of these per image, found {_describe(anchors)}"
         )
     if all(isinstance(level, Tensor) for level in anchors):
-        return [_checked(anchors, "anchors", num_fused_levels)], same
+        return [(_checked(anchors, "anchors"), everything)]
     if len(anchors) != num_images:
-        raise ValueError(f"anchors for {len(anchors)} images, but boxes for {num_images}")
-    # The same object needs no second look. Objects stay here, so that ids stay theirs.
-    seen: dict[tuple[int, ...], tuple[int, object]] = {}
-    index: dict[object, int] = {}
-    kinds: list[AnchorLayout | Levels] = []
-    kind_of_image = []
+        raise ValueError(f"anchors: expected {num_images}, one per image, found {len(anchors)}")
+    # By identity. The parts are kept, so that an id stays theirs.
+    parts_of: dict[tuple[int, ...], tuple[Any, ...]] = {}
+    groups: dict[tuple[int, ...], tuple[AnchorLayout | Levels, list[int]]] = {}
+    num_levels = 0
     for i, image in enumerate(anchors):
         if not isinstance(image, AnchorLayout | Sequence) or isinstance(image, str | bytes):
             raise TypeError(
-                f"anchors[{i}]: an AnchorLayout or a sequence of tensors per level expected, "
+                f"anchors[{i}]: expected an AnchorLayout or a sequence of tensors per level, "
                 f"found {_describe(image)}"
             )
         parts = (image,) if isinstance(image, AnchorLayout) else tuple(image)
-        identity = tuple(map(id, parts))
-        if identity not in seen:
-            key = _key(image) or identity
-            if key not in index:
-                kind = _checked(image, f"anchors[{i}]", num_fused_levels)
-                if kinds and len(_tensors(kind)) != len(_tensors(kinds[0])):
-                    raise ValueError(
-                        f"anchors[{i}]: {len(_tensors(kinds[0]))} levels expected, as on the first "
-                        f"image, found {len(_tensors(kind))}"
-                    )
-                index[key] = len(kinds)
-                kinds.append(kind)
-            seen[identity] = index[key], parts
-        kind_of_image.append(seen[identity][0])
-    return kinds, np.array(kind_of_image, dtype=np.int64)
+        key = tuple(map(id, parts))
+        if key not in groups:
+            parts_of[key] = parts
+            kind = _checked(image if isinstance(image, AnchorLayout) else parts, f"anchors[{i}]")
+            num_levels = num_levels or len(_tensors(kind))
+            if len(_tensors(kind)) != num_levels:
+                raise ValueError(
+                    f"anchors[{i}]: expected {num_levels} levels, as on the first image, found "
+                    f"{len(_tensors(kind))}"
+                )
+            groups[key] = kind, []
+        groups[key][1].append(i)
+    return list(groups.values())
 
 
-def _describe(value: Any) -> str:
-    return (
-        f"an empty {type(value).__name__}" if value == [] or value == () else type(value).__name__
-    )
-
-
-def _checked(
-    anchors: AnchorLayout | Levels, where: str, num_fused_levels: int | None
-) -> AnchorLayout | Levels:
+def _checked(anchors: AnchorLayout | Levels, where: str) -> AnchorLayout | Levels:
     """Returns the layout, also of plain tensors that have one; its levels can be told apart."""
-    if isinstance(anchors, AnchorLayout):
-        check_distinct(anchors, where)
-        return anchors
-    levels = [check_boxes(level, f"{where}[{i}]") for i, level in enumerate(anchors)]
-    for i, level in enumerate(levels):
-        if len(level) == 0:
-            raise ValueError(f"{where}[{i}]: at least one anchor expected, found none")
-    grids = [grid for level in levels if (grid := recognise_grid(level)) is not None]
-    checked: AnchorLayout | Levels = levels
-    if len(grids) == len(levels):
-        checked = AnchorLayout._from_grids(grids, levels, num_fused_levels)
+    checked = anchors
+    if not isinstance(anchors, AnchorLayout):
+        levels = [check_anchors(level, f"{where}[{i}]") for i, level in enumerate(anchors)]
+        grids = [grid for level in levels if (grid := recognise_grid(level)) is not None]
+        checked = levels
+        if len(levels) > 1 and len(grids) == len(levels):
+            cells, strides, grid_sizes = zip(*grids, strict=True)
+            checked = AnchorLayout(cells, strides, grid_sizes, len(levels))
     check_distinct(checked, where)
     return checked
 
 
-def _families(kinds: Sequence[AnchorLayout | Levels]) -> list[list[int]]:
-    """Groups the indices of layouts that share their cell anchors, which one matcher can take."""
-    families: dict[object, list[int]] = {}
-    for i, kind in enumerate(kinds):
-        key: object = i
-        if isinstance(kind, AnchorLayout) and _key(kind) is not None:
-            key = tuple((level.cells, level.dtype) for level in kind._levels)
-        families.setdefault(key, []).append(i)
-    return list(families.values())
-
-
-def _key(anchors: object) -> object:
-    """Returns what equal layouts share; None for stored anchors, which are not compared."""
-    if not isinstance(anchors, AnchorLayout):
-        return None
-    levels = anchors._levels
-    return levels if all(level.anchors is None for level in levels) else None
-
-
-def _matcher(
-    family: Sequence[AnchorLayout | Levels], dtype: torch.dtype, device: torch.device
-) -> Matcher:
-    layouts = [kind._levels for kind in family if isinstance(kind, AnchorLayout)]
-    if layouts:
-        return GridMatcher(layouts, dtype, device)
-    return SearchMatcher(_tensors(family[0]), dtype, device)
+def _describe(value: object) -> str:
+    name = type(value).__name__
+    return f"an empty {name}" if isinstance(value, list | tuple) and not value else name
 
 
 def _tensors(anchors: AnchorLayout | Levels) -> Sequence[Tensor]:
     """Returns one tensor per level: cell anchors or anchors."""
     return anchors.cell_anchors if isinstance(anchors, AnchorLayout) else anchors
-
-
-def _dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """Returns the widest, in which the brute force would compute."""
-    wide = any(dtype == torch.float64 for dtype in {tensor.dtype for tensor in tensors})
-    return torch.float64 if wide else torch.float32

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from benchmarks.lite0 import FROZEN, TAPS, WIDTHS, lite0_body
 
 CHANNELS = 64
-_CONVOLUTIONS = 2  # in each part of a dense head, where torchvision's builders have four
 _OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 # Of the two-stage detector: a smaller second stage, as a crop holds few objects.
 _RCNN = {
@@ -32,8 +32,8 @@ _BOX_FEATURES = 256
 def stock(kind: str, classes: int, size: tuple[int, int]) -> Any:
     """A detector as torchvision's builders make it, apart from its size.
 
-    Levels, anchors, losses and the rest of the start are torchvision's; images stay as large as
-    they are.
+    Levels, anchors, losses and first weights are torchvision's. Each part of a dense head has two
+    convolutions, where the builders have four. Images stay as large as they are.
 
     Args:
         kind: `retinanet` or `fcos` (P3 to P7), or `fasterrcnn` (P2 to P6).
@@ -46,33 +46,26 @@ def stock(kind: str, classes: int, size: tuple[int, int]) -> Any:
     names = {tap: str(level) for level, tap in enumerate(taps)}
     backbone = BackboneWithFPN(lite0_body(), names, list(widths), CHANNELS, extra)
     options: dict[str, Any] = {
-        "num_classes": classes + 1,
         "min_size": min(size),
         "max_size": max(size),
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
     }
-    ratios = ((0.5, 1.0, 2.0),) * 5
-    if kind == "retinanet":
-        sizes = tuple(tuple(32 * 2**level * part for part in _OCTAVES) for level in range(5))
-        model: Any = RetinaNet(backbone, anchor_generator=AnchorGenerator(sizes, ratios), **options)
-        parts, step = (model.head.classification_head, model.head.regression_head), 1
-    elif kind == "fcos":
-        model = FCOS(backbone, **options)
-        parts, step = (model.head.classification_head, model.head.regression_head), 3
+    if kind == "fasterrcnn":
+        head = TwoMLPHead(CHANNELS * 7 * 7, _BOX_FEATURES)
+        predictor = FastRCNNPredictor(_BOX_FEATURES, classes + 1)
+        model: Any = FasterRCNN(
+            backbone, box_head=head, box_predictor=predictor, **options, **_RCNN
+        )
     else:
-        model = FasterRCNN(backbone, **options, **_RCNN)
-        parts, step = (), 0
-        pooled = CHANNELS * 7 * 7
-        model.roi_heads.box_head.fc6 = nn.Linear(pooled, _BOX_FEATURES)
-        model.roi_heads.box_head.fc7 = nn.Linear(_BOX_FEATURES, _BOX_FEATURES)
-        for layer in (
-            model.roi_heads.box_predictor.cls_score,
-            model.roi_heads.box_predictor.bbox_pred,
-        ):
-            layer.__init__(_BOX_FEATURES, layer.out_features)
-    for part in parts:
-        part.conv = part.conv[: _CONVOLUTIONS * step]
+        options["num_classes"] = classes + 1
+        if kind == "retinanet":
+            sizes = tuple(tuple(32 * 2**level * part for part in _OCTAVES) for level in range(5))
+            options["anchor_generator"] = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
+        model = {"retinanet": RetinaNet, "fcos": FCOS}[kind](backbone, **options)
+        for head in (model.head.classification_head, model.head.regression_head):
+            # A convolution of FCOS comes with a normalisation.
+            head.conv = head.conv[: len(head.conv) // 2]
     return model.to(memory_format=torch.channels_last)
 
 

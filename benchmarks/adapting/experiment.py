@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphafpn import LearnableAlpha, fold_alpha, patch_detector
+from alphafpn import (
+    AnchorComparison,
+    AnchorFit,
+    LearnableAlpha,
+    adapt_detector,
+    compare_anchors,
+    fold_alpha,
+    patch_detector,
+)
 from benchmarks.adapting.data import DataSet, load
 from benchmarks.adapting.detectors import frozen_maps, keep_maps, keep_matches, stock
 from benchmarks.records import Record, environment, key_of
@@ -32,15 +40,13 @@ _AT_ONCE = 20  # images that are evaluated together
 
 
 @functools.cache
-def compared(data: str, kind: str) -> Any:
+def compared(data: str, kind: str) -> AnchorComparison:
     """The comparison of a data set's stock detector."""
-    from alphafpn import compare_anchors
-
     found = load(data)
     return compare_anchors(stock(kind, found.classes, found.train.size), found.items())
 
 
-def fit_of(row: str, data: str, kind: str) -> Any:
+def fit_of(row: str, data: str, kind: str) -> AnchorFit:
     """The row of the comparison that a row of the experiment is."""
     comparison = compared(data, kind)
     if row.startswith(ADAPTED):
@@ -111,10 +117,10 @@ def run(config: Record, folder: Path) -> Record:
     }
 
 
-def prepared(config: Record, data: DataSet, folder: Path) -> tuple[Any, Any, list[float] | None]:
+def prepared(
+    config: Record, data: DataSet, folder: Path
+) -> tuple[Any, AnchorFit, list[float] | None]:
     """The detector of a run before its first step, its row of the comparison, and its factors."""
-    from alphafpn import adapt_detector
-
     kind, row = config["detector"], config["row"]
     fit = fit_of(row, config["data"], kind)
     torch.manual_seed(config["seed"])

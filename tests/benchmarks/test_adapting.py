@@ -295,3 +295,23 @@ def test_the_body_computes_what_the_network_does_and_keeps_its_normalisation():
                 assert (found.shape[1], 64 // found.shape[2]) == (WIDTHS[place], 4 * 2**place)
     trained = {name.split(".")[0] for name, p in body.named_parameters() if p.requires_grad}
     assert trained == {f"block{i}" for i in range(12)} - set(FROZEN)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, 2), (2, 0), (2, 2)])
+def test_the_depthwise_convolution_has_the_gradients_of_torch(stride, padding):
+    from benchmarks.lite0 import Depthwise
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 13, 9, requires_grad=True)
+    weight = torch.randn(8, 1, 5, 5, requires_grad=True)
+    bias, pair = torch.randn(8), ((stride, stride), (padding, padding))
+    expected = torch.nn.functional.conv2d(x, weight, bias, *pair, groups=8)
+    found = Depthwise.apply(x, weight, bias, *pair)
+    torch.testing.assert_close(found, expected)
+    gradient = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, (x, weight), gradient),
+        torch.autograd.grad(expected, (x, weight), gradient),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -21,7 +21,7 @@ from alphafpn.demo import BASELINE, MEASURE, Settings, run, run_demo
 from alphafpn.demo.detector import DRAWN_RATIOS, DRAWN_SIZES, detector
 from alphafpn.demo.scenes import Scene
 from alphafpn.demo.training import ESTIMATED, FIRST, ROWS, Training, train_and_evaluate
-from alphafpn.estimate.for_detector import estimate_alpha_for
+from alphafpn.estimate.s_alpha import estimate_alpha_for
 
 LITTLE = Settings(train=6, val=3, steps=1, seeds=(0, 1), processes=1)
 FEWER = Settings(train=5, val=2, steps=1, seeds=(0,), processes=1)

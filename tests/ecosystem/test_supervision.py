@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from alphafpn.estimate.for_detector import estimate_alpha_for
+from alphafpn.estimate.s_alpha import estimate_alpha_for
 from tests.detectors import make_detector, make_retinanet
 
 sv = pytest.importorskip("supervision")

@@ -14,8 +14,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from alphafpn.estimate.anchor_layout import AnchorLayout
-from alphafpn.estimate.for_detector import estimate_alpha_for
-from alphafpn.estimate.s_alpha import estimate_alpha
+from alphafpn.estimate.s_alpha import estimate_alpha, estimate_alpha_for
 from alphafpn.surgery import fold_alpha, patch_detector
 
 timm = pytest.importorskip("timm")

@@ -3,18 +3,45 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import pickle
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import distributed, multiprocessing
 
 from alphafpn import AlphaEstimate, AnchorLayout, estimate_alpha
 from tests.anchor_sets import FASTER, draw_boxes, legacy_layout
-from tests.estimate.test_level_statistics import NAMES, estimate_of, tables
+
+NAMES = ("P2", "P3", "P4", "P5", "P6")
+
+
+def estimate_of(per_image, num_fused_levels=None, unmatched=0, **kwargs):
+    """An estimate with the given boxes per image and level, and nothing else of interest."""
+    table = np.array(per_image, dtype=int)
+    counts = table.sum(0)
+    num_levels = len(counts)
+    values = {
+        "counts": tuple(counts.tolist()),
+        "moments": tuple(map(tuple, (table.T @ table).tolist())),
+        "level_names": NAMES[:num_levels],
+        "num_fused_levels": num_fused_levels or num_levels - 1,
+        "num_images": len(table),
+        "num_boxes": int(counts.sum()) + unmatched,
+        "num_unmatched": unmatched,
+        "iou_histogram": (0,) * 101,
+        "reached": (0,) * num_levels,
+    }
+    return AlphaEstimate(**{**values, **kwargs})
+
+
+tables = st.integers(2, 5).flatmap(
+    lambda n: st.lists(st.lists(st.integers(0, 9), min_size=n, max_size=n), min_size=1, max_size=9)
+)
+
 
 # A sequence, immutable
 
@@ -80,13 +107,27 @@ def test_merging_adds_what_adds_and_keeps_the_rest():
     assert (merged.num_images, merged.num_boxes, merged.num_clipped) == (2, 12, 6)
     other_cells = dataclasses.replace(first, anchors_per_cell=(9, 9, 9))
     assert first.merge(other_cells).anchors_per_cell == ()
-    assert first.merge(dataclasses.replace(first, strides=())).strides == ()
+
+
+def test_levels_of_small_images_take_the_names_of_large_ones():
+    # Level 2 of small images has a single position, so its stride is no power of two.
+    large = estimate_of([[3, 2, 1]], strides=(4.0, 8.0, 16.0))
+    small = estimate_of([[1, 0, 2]], strides=(4.0, 8.0, 8.0), level_names=("0", "1", "pool"))
+    whole = estimate_of([[3, 2, 1], [1, 0, 2]], strides=(4.0, 8.0, 16.0))
+    assert small.merge(large) == large.merge(small) == whole
+    # Without images strides are unknown, and names may be.
+    empty = estimate_of(np.zeros((0, 3)), 2, level_names=("level 0", "level 1", "level 2"))
+    assert empty.merge(large) == large.merge(empty) == large
+    assert empty.merge(empty) == empty
+    with pytest.raises(ValueError, match="other: expected levels"):
+        empty.merge(estimate_of([[1, 2]], 2))
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"level_names": ("P3", "P4", "P5")},
+        {"level_names": ("P3", "P4", "P5"), "strides": (8.0, 16.0, 32.0)},
         {"num_fused_levels": 3},
         {"num_sizes": 2},
         {"clamp": None},
@@ -96,9 +137,9 @@ def test_merging_adds_what_adds_and_keeps_the_rest():
 )
 def test_what_was_counted_otherwise_is_not_merged(change):
     estimate = estimate_of([[3, 2, 1]])
-    with pytest.raises(ValueError, match="cannot merge"):
+    with pytest.raises(ValueError, match="other: expected"):
         estimate.merge(dataclasses.replace(estimate, **change))
-    with pytest.raises(TypeError, match="an AlphaEstimate expected, found tuple"):
+    with pytest.raises(TypeError, match="other: expected an AlphaEstimate, found tuple"):
         estimate.merge(estimate.alpha)
 
 
@@ -106,63 +147,6 @@ def layout_and_images():
     layout = legacy_layout(FASTER, (64, 96))
     rng = np.random.default_rng(0)
     return layout, [draw_boxes(rng, layout, int(n)) for n in rng.integers(0, 30, 12)]
-
-
-def count_shard(rank, address, results):
-    torch.set_num_threads(1)  # threads do not survive a fork
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    layout, images = layout_and_images()
-    # The second process has nothing to count.
-    reduced = estimate_alpha(layout, images if rank == 0 else []).all_reduce()
-    results.put((rank, reduced.to_dict()))
-    distributed.destroy_process_group()
-
-
-def test_all_reduce_with_an_empty_shard(tmp_path):
-    layout, images = layout_and_images()
-    whole = estimate_alpha(layout, images)
-    context = multiprocessing.get_context("fork")
-    results = context.SimpleQueue()
-    address = f"file://{tmp_path / 'store'}"
-    processes = [
-        context.Process(target=count_shard, args=(rank, address, results)) for rank in (0, 1)
-    ]
-    for process in processes:
-        process.start()
-    found = dict(results.get() for _ in processes)
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    assert {rank: AlphaEstimate.from_dict(data) for rank, data in found.items()} == {
-        0: whole,
-        1: whole,
-    }
-
-
-def test_all_reduce_without_other_processes(tmp_path):
-    estimate = estimate_of([[3, 2, 1]])
-    assert estimate.all_reduce() == estimate
-    address = f"file://{tmp_path / 'store'}"
-    distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
-    try:
-        assert estimate.all_reduce() == estimate
-    finally:
-        distributed.destroy_process_group()
-
-
-def test_all_reduce_merges_what_all_processes_gave(monkeypatch):
-    shards = [estimate_of([[3, 2, 1]]), estimate_of([[5, 0, 7], [1, 1, 1]])]
-
-    def gather(into, own):
-        assert own is shards[0]
-        into[:] = shards
-
-    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "all_gather_object", gather)
-    assert shards[0].all_reduce() == shards[0].merge(shards[1])
-    monkeypatch.setattr(distributed, "is_available", lambda: False)
-    assert shards[0].all_reduce() is shards[0]
 
 
 # JSON
@@ -207,12 +191,12 @@ def test_the_dict_says_what_the_estimate_says():
     [
         ({"counts": "many"}, r"\$.counts"),
         ({"counts": [1, 2.5, 3]}, r"\$.counts\[1\]"),
-        ({"counts": [1, 2]}, "entries expected"),
+        ({"counts": [1, 2]}, "expected 2 entries"),
         ({"level_names": [1, 2, 3]}, r"\$.level_names\[0\]"),
-        ({"moments": [[1, 2, 3]]}, "moments: 3 entries expected"),
+        ({"moments": [[1, 2, 3]]}, "moments: expected 3 entries"),
         ({"moments": [[1, 2, 3], [1, 2], [1, 2, 3, 4]]}, r"moments"),
-        ({"iou_sums": []}, "iou_sums: 3 entries expected"),
-        ({"iou_histogram": [0] * 100}, "iou_histogram: 101 entries expected, found 100"),
+        ({"reached": [1]}, "reached: expected 3 entries"),
+        ({"iou_histogram": [0] * 100}, "iou_histogram: expected 101 entries, found 100"),
         ({"num_images": None}, r"\$.num_images"),
         ({"num_images": -1}, r"\$.num_images"),
         ({"num_fused_levels": 9}, "num_fused_levels"),
@@ -234,7 +218,7 @@ def test_dicts_that_lack_something():
     for name in ("counts", "moments", "level_names", "num_images", "clamp", "iou_histogram"):
         with pytest.raises(ValueError, match=name):
             AlphaEstimate.from_dict({k: v for k, v in data.items() if k != name})
-    with pytest.raises(TypeError, match="a dict expected, found str"):
+    with pytest.raises(TypeError, match="data: expected a dict, found str"):
         AlphaEstimate.from_dict(json.dumps(data))
 
 
@@ -249,3 +233,178 @@ def test_summary_and_repr_of_an_estimate():
         f"num_boxes={estimate.num_boxes})"
     )
     assert repr(estimate_of([[0, 3, 1]], clamp=None)).startswith("AlphaEstimate(ratios=(inf")
+
+
+# Eq. 2, and the clamp
+
+
+def test_ratios_and_the_extra_levels():
+    assert estimate_of([[100, 50, 20, 8, 2]]).ratios == (0.5, 0.4, 0.5)
+    assert estimate_of([[100, 50, 20, 8, 2]], 3).ratios == (0.5, 0.6)
+    assert estimate_of([[100, 50, 20, 8, 2]], 5).ratios == (0.5, 0.4, 0.4, 0.25)
+    assert estimate_of([[100, 50, 20, 8, 2]], 2).ratios == (0.8,)
+
+
+def test_the_clamp_and_zeros():
+    estimate = estimate_of([[0, 0, 5, 1, 100]])
+    assert math.isnan(estimate.ratios[0])
+    assert estimate.ratios[1:] == (math.inf, 101 / 5)
+    assert estimate.alpha == (1.0, 2.0, 2.0)
+    assert estimate_of([[100, 1, 100, 30, 0]]).alpha == (0.2, 2.0, 0.3)
+    assert estimate_of([[0, 0, 5, 1, 0]], clamp=(0.5, 1.1)).alpha == (1.0, 1.1, 0.5)
+    # 0 / 0 is 1 whatever the clamp.
+    assert estimate_of([[0, 0, 0]], clamp=(0.2, 0.5)).alpha == (1.0,)
+    assert estimate_of([[7, 0, 0]], clamp=(0.0, 2.0)).alpha == (0.0,)
+
+
+def test_without_a_clamp():
+    assert estimate_of([[1, 30, 0]], clamp=None).alpha == (30.0,)
+    for table, name in (([[0, 0, 5]], "P2"), ([[0, 3, 5]], "P2"), ([[4, 0, 5, 0]], "P3")):
+        estimate = estimate_of(table, clamp=None)
+        for read in (lambda e: e.alpha, lambda e: e[0], list):
+            with pytest.raises(ValueError, match=f"expected boxes on {name}.*'{name}': 0.*clamp"):
+                read(estimate)
+        assert len(estimate) == len(estimate.ratios)
+        assert estimate.to_dict()["alpha"] is None
+
+
+@given(tables)
+def test_alpha_is_finite_and_within_the_clamp(table):
+    estimate = estimate_of(table, num_fused_levels=len(table[0]))
+    assert all(0.2 <= a <= 2.0 for a in estimate.alpha)
+    for a, r, x, y in zip(
+        estimate.alpha, estimate.ratios, estimate.counts[1:], estimate.counts, strict=False
+    ):
+        if y:
+            assert r == x / y
+            assert a == min(max(r, 0.2), 2.0)
+
+
+def test_what_is_not_given_was_not_counted():
+    estimate = AlphaEstimate((3, 2, 1), ((0,) * 3,) * 3, ("P2", "P3", "P4"), 2, 5, 6, 0)
+    defaults = {
+        field.name: getattr(estimate, field.name) for field in dataclasses.fields(estimate)[7:]
+    }
+    assert defaults == {
+        "num_sizes": 1,
+        "clamp": (0.2, 2.0),
+        "iou_histogram": None,
+        "reached": (),
+        "size_sum": 0,
+        "strides": (),
+        "anchors_per_cell": (),
+        "left_out": {},
+        "num_clipped": 0,
+        "num_fit_swapped": 0,
+        "notes": {},
+        "detections_per_image": None,
+        "num_crowded": 0,
+    }
+    for number in ("counts", "num_images", "num_boxes", "num_unmatched", "num_sizes", "size_sum"):
+        wrong = -1 if number != "counts" else [3, 2, -1]
+        with pytest.raises(ValueError, match=">= 0"):
+            AlphaEstimate.from_dict({**estimate.to_dict(), number: wrong})
+
+
+# Confidence
+
+
+def test_the_interval_by_hand():
+    # Two images with (2, 1) and (4, 5) boxes: X = 6, Y = 6. Each image's share of the logarithm of
+    # X / Y is x / X - y / Y: 1/6 - 2/6 and 5/6 - 4/6. Their squares add up to 1/18, and with two
+    # images the unbiased variance is twice that.
+    estimate = estimate_of([[2, 1], [4, 5]], 2)
+    half = NormalDist().inv_cdf(0.975) * math.sqrt(2 / 18)
+    assert estimate.ratios == (1.0,)
+    assert estimate.confidence_interval() == (
+        pytest.approx((math.exp(-half), math.exp(half)), rel=1e-12),
+    )
+    assert estimate.confidence_interval() == estimate.confidence_interval(0.95)
+    half = NormalDist().inv_cdf(0.9) * math.sqrt(2 / 18)
+    assert estimate.confidence_interval(0.8)[0][1] == pytest.approx(math.exp(half), rel=1e-12)
+
+
+@settings(max_examples=100)
+@given(tables)
+def test_the_interval_is_the_delta_method_over_images(table):
+    table = np.array(table)
+    k = max(2, table.shape[1] - 1)
+    estimate = estimate_of(table, k)
+    n = len(table)
+    for i, (low, high) in enumerate(estimate.confidence_interval(0.9)):
+        y = table[:, i]
+        x = table[:, i + 1 :].sum(1) if i == k - 2 else table[:, i + 1]
+        if n < 2 or not x.sum() or not y.sum():
+            assert (low, high) == (0.0, math.inf)
+            continue
+        influence = x / x.sum() - y / y.sum()
+        half = 1.6448536269514722 * math.sqrt(influence @ influence * n / (n - 1))
+        ratio = x.sum() / y.sum()
+        assert low == pytest.approx(ratio * math.exp(-half), rel=1e-6)
+        assert high == pytest.approx(ratio * math.exp(half), rel=1e-6)
+        assert 0 < low <= ratio <= high
+
+
+def test_the_interval_is_that_of_a_bootstrap_over_images():
+    rng = np.random.default_rng(0)
+    # Crowded images: boxes of one image are alike, so images and not boxes are independent.
+    rate = rng.gamma(0.7, 1.0, (400, 1)) * [9, 5, 2.5, 1.2, 0.4] * rng.gamma(3, 1 / 3, (400, 5))
+    table = rng.poisson(rate)
+    estimate = estimate_of(table)
+    counts = table[rng.integers(0, 400, (4000, 400))].sum(1)
+    numerators = np.stack([counts[:, 1], counts[:, 2], counts[:, 3] + counts[:, 4]], axis=1)
+    bootstrap = np.quantile(numerators / counts[:, :3], [0.025, 0.975], axis=0).T
+    total = table.sum(0)
+    totals = zip([total[1], total[2], total[3] + total[4]], total[:3], strict=True)
+    naive = [math.sqrt(1 / x + 1 / y) for x, y in totals]
+    for found, expected, alone in zip(
+        estimate.confidence_interval(), bootstrap, naive, strict=True
+    ):
+        assert found == pytest.approx(tuple(expected), rel=0.04)
+        # Boxes are not independent: were they, the interval would be much narrower.
+        assert math.log(found[1] / found[0]) > 1.2 * 2 * 1.96 * alone
+
+
+def test_intervals_without_information():
+    everything = (0.0, math.inf)
+    assert estimate_of([[5, 3, 1]]).confidence_interval() == (everything,)
+    assert estimate_of(np.zeros((0, 3))).confidence_interval() == (everything,)
+    assert estimate_of([[5, 0, 0], [3, 0, 0]]).confidence_interval() == (everything,)
+    assert estimate_of([[0, 1, 0], [0, 3, 0]]).confidence_interval() == (everything,)
+    # The same shares everywhere: no spread at all.
+    low, high = estimate_of([[4, 2, 0], [8, 4, 0]]).confidence_interval()[0]
+    assert (low, high) == (pytest.approx(0.5), pytest.approx(0.5))
+    # One box in each of two images, at a level so strict that the bounds overflow.
+    low, high = estimate_of([[10**9, 1], [1, 10**9]], 2).confidence_interval(1 - 1e-15)[0]
+    assert 0 <= low < high <= math.inf
+    for level in (0, 1, -0.5, 95, math.nan):
+        with pytest.raises(ValueError, match="confidence_level"):
+            estimate_of([[5, 3, 1]]).confidence_interval(level)
+
+
+# Recall
+
+
+def test_recall():
+    histogram = [0] * 101
+    histogram[0], histogram[29], histogram[50], histogram[100] = 1, 2, 3, 4
+    estimate = estimate_of([[5, 3, 1]], unmatched=1, iou_histogram=tuple(histogram))
+    assert [estimate.recall(q) for q in (0, 0.01, 0.29, 0.3, 0.5, 0.51, 1.0)] == pytest.approx(
+        [1, 0.9, 0.9, 0.7, 0.7, 0.4, 0.4]
+    )
+    # Every hundredth finds its own bin, however it is written.
+    even = estimate_of([[101, 0]], 2, iou_histogram=(1,) * 101)
+    for hundredth in range(101):
+        expected = (101 - hundredth) / 101
+        assert even.recall(hundredth / 100) == even.recall(hundredth * 0.01) == expected
+    for iou in (-0.01, 1.01, math.nan):
+        with pytest.raises(ValueError, match="iou: "):
+            estimate.recall(iou)
+    with pytest.raises(ValueError, match="regression ranges"):
+        estimate_of([[1, 1]], 2, iou_histogram=None).recall(0.5)
+    assert math.isnan(estimate_of(np.zeros((1, 3))).recall(0.5))
+
+
+def test_the_mean_size():
+    assert estimate_of([[2, 0, 2]], size_sum=40 << 10, num_sizes=2).mean_size == 5
+    assert math.isnan(estimate_of(np.zeros((1, 3))).mean_size)

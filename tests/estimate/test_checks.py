@@ -16,10 +16,10 @@ def test_no_boxes_in_every_shape(shape):
 @pytest.mark.parametrize(
     ("boxes", "error", "message"),
     [
-        ([[0, 0, 1, 1]], TypeError, "here: a tensor .* found list"),
-        (torch.zeros(2, 4, dtype=torch.bool), TypeError, "here: real numbers"),
-        (torch.zeros(2, 4, dtype=torch.complex64), TypeError, "here: real numbers"),
-        (torch.zeros(4), ValueError, r"here: shape \[N, 4\] expected, found \[4\]"),
+        ([[0, 0, 1, 1]], TypeError, "here: expected a tensor .* found list"),
+        (torch.zeros(2, 4, dtype=torch.bool), TypeError, "here: expected real numbers"),
+        (torch.zeros(2, 4, dtype=torch.complex64), TypeError, "here: expected real numbers"),
+        (torch.zeros(4), ValueError, r"here: expected shape \[N, 4\], found \[4\]"),
         (torch.zeros(0, 5), ValueError, r"found \[0, 5\]"),
         (torch.zeros(5, 0), ValueError, r"found \[5, 0\]"),
         (torch.zeros(1, 2, 4), ValueError, r"found \[1, 2, 4\]"),
@@ -27,7 +27,11 @@ def test_no_boxes_in_every_shape(shape):
         (torch.tensor([[0.0, 0, 1, math.inf]]), ValueError, r"here\[0\]: .*inf"),
         (torch.tensor([[-math.inf, 0, 1, 1]]), ValueError, r"here\[0\]: .*inf"),
         (torch.tensor([[math.inf, 0, math.inf, 1]]), ValueError, r"here\[0\]: .*inf"),
-        (torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]]), ValueError, r"here\[1\]: finite x1 <= x2"),
+        (
+            torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]]),
+            ValueError,
+            r"here\[1\]: expected finite x1 <= x2",
+        ),
         (torch.tensor([[-3e38, 0, 3e38, 1]]), ValueError, r"here\[0\]: .* finite area"),
         (torch.tensor([[0, 0, 1e20, 1e20]]), ValueError, r"here\[0\]: .* finite area"),
     ],

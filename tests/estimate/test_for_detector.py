@@ -163,7 +163,7 @@ def test_one_size_is_estimate_alpha_on_what_the_network_sees():
     estimate = estimate_alpha_for(model, dataset)
     direct = estimate_alpha(anchors, boxes)
     assert estimate.detections_per_image == 300
-    for name in ("counts", "moments", "iou_histogram", "iou_sums", "size_sum", "level_names"):
+    for name in ("counts", "moments", "iou_histogram", "reached", "size_sum", "level_names"):
         assert getattr(estimate, name) == getattr(direct, name)
     assert estimate.strides == direct.strides
     assert estimate.anchors_per_cell == direct.anchors_per_cell == (3,) * 4

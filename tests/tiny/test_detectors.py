@@ -16,7 +16,7 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScale
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from alphafpn.estimate.anchor_layout import AnchorLayout
-from alphafpn.estimate.for_detector import estimate_alpha_for
+from alphafpn.estimate.s_alpha import estimate_alpha_for
 from alphafpn.pyramid import (
     AlphaFeaturePyramidNetwork,
     AttentionAlpha,
