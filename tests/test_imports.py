@@ -51,8 +51,6 @@ LAYERS = [
     "alphafpn.demo.own",
     "alphafpn.demo.detector",
     "alphafpn.demo.training",
-    "alphafpn.demo.processes",
-    "alphafpn.demo.findings",
     "alphafpn.demo.picture",
     "alphafpn.demo.run",
     "alphafpn.demo",
