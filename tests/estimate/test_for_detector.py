@@ -273,7 +273,7 @@ def test_mobilenet_levels_cannot_be_told_apart(name):
     with torch.device("meta"):
         model = get_model(name, weights=None, weights_backbone=None)
     with pytest.raises(
-        ValueError, match="the detector: .* all anchors of level 1 also lie on level 0"
+        ValueError, match=r"the detector: .* all anchors of level 1 also lie on level 0"
     ):
         estimate_alpha_for(model, draw_dataset(np.random.default_rng(0)))
 
