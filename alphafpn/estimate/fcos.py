@@ -27,7 +27,7 @@ class RangeMatcher:
     def __init__(self, sizes: Sequence[float], device: torch.device) -> None:
         self.sizes, self.device = sizes, device
 
-    def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def match(self, boxes: Tensor, layout_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Matcher.match`; there is no IoU, so it is 0."""
         half = (boxes[:, 2:] - boxes[:, :2]).amax(1) / 2
         level = torch.full((len(boxes),), len(self.sizes), device=self.device)
