@@ -98,7 +98,7 @@ def test_p6_strides_are_what_torchvision_divides():
     with torch.device("meta"):
         model = build("fasterrcnn_resnet50_fpn")
     layout = AnchorLayout.from_detector(model, (800, 1088))
-    assert layout.strides == [(s, s) for s in (4, 8, 16, 32)] + [(61, 64)]
+    assert list(layout.strides) == [(s, s) for s in (4, 8, 16, 32)] + [(61, 64)]
     assert layout.level_names == ("P2", "P3", "P4", "P5", "P6")
     with torch.device("meta"):
         model = build("retinanet_resnet50_fpn_v2")
