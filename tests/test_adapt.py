@@ -817,7 +817,7 @@ VALUE_ERRORS = {
     f"{BLOCKS} a Identity there": call(
         lambda: with_block(nn.Sequential(nn.Identity(), nn.Conv2d(8, OUT, 1))), 1, finer_level=True
     ),
-    "finer_level: expected feature maps for 6 levels of anchors, found 5 (0, 1, 2, p6, p7)": call(
+    "finer_level: expected feature maps for 6 levels of anchors, found 5 (1, 2, 3, p6, p7)": call(
         lambda: with_class("backbone", LastFive), 1, finer_level=True
     ),
     "finer_level: expected a backbone that makes feature maps for 6 levels of anchors, found "

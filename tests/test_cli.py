@@ -145,12 +145,10 @@ def test_plot_is_a_picture(annotations, tmp_path, capsys):
         assert (image.format, image.size) == ("PNG", (960, 720))
     assert str(picture) in capsys.readouterr().err
     before = sorted(tmp_path.iterdir())
-    for name in ("counts.nonsense", "nowhere/a.png"):
+    for name in ("counts.nonsense", "counts", "nowhere/a.png"):
         # Before any work: the annotations do not even exist.
         picture = tmp_path / name
         assert str(picture) in fail(capsys, "estimate", "none.json", *RETINANET, "--plot", picture)
-    typo = fail(capsys, "estimate", "none.json", *RETINANET, "--plot", tmp_path / "counts.pgn")
-    assert typo.endswith("; did you mean png?\n")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -166,18 +164,15 @@ def test_malformed_files_are_one_line_and_exit_code_2(name, tmp_path, capsys):
     [
         ((), "COMMAND"),
         (("frobnicate",), "frobnicate"),
-        (("estimate", "a.json"), "required: --detector; known names are fasterrcnn_mobilenet"),
-        (("estimate",), "ANNOTATIONS, --detector; known names are fasterrcnn_mobilenet"),
-        (("estimate", "a.json", "--detector"), "tiny_retinanet, tiny_faster_rcnn"),
+        (("estimate", "a.json"), "required: --detector"),
+        (("estimate", "a.json", "--detector"), "--detector"),
         (("estimate", "a.json", "--detector", "retinanet"), "mean retinanet_resnet50_fpn?"),
         (
             ("estimate", "a.json", "--detector", "fastercnn_resnet50_fpn"),
             "tiny_faster_rcnn; did you mean fasterrcnn_resnet50_fpn?",
         ),
-        (("estimat",), "did you mean estimate?"),
-        (("dmo",), "did you mean demo?"),
-        (("estimate", "a.json", *RETINANET, "--catgories", "1"), "did you mean --categories?"),
-        (("demo", "--imags", "somewhere"), "--imags somewhere; did you mean --images?"),
+        (("estimat",), "estimat"),
+        (("estimate", "a.json", *RETINANET, "--catgories", "1"), "unrecognized arguments: --cat"),
         (("demo", "--nothing-alike"), "unrecognized arguments: --nothing-alike\n"),
         (("estimate", "nowhere.json", *RETINANET), "nowhere.json"),
         (("estimate", "a.json", "--detector", "ssd300_vgg16"), "ssd300_vgg16"),
@@ -220,16 +215,14 @@ def test_as_a_program(annotations, tmp_path):
     assert "Traceback" not in bad.stderr
 
 
-def test_the_demo_prints_its_outcome_and_says_what_it_shows(monkeypatch, capsys, tmp_path):
-    outcome = {"results": {}, "findings": ["It loses."], "note": "Not shown: more."}
-    monkeypatch.setattr("alphafpn.demo.run_demo", lambda **given: outcome)
-    main(["demo", "--out", str(tmp_path)])
-    captured = capsys.readouterr()
-    assert captured.out == json.dumps(outcome, indent=2) + "\n"
-    assert captured.err.splitlines() == [
-        "It loses.",
-        "Not shown: more.",
-        f"see {tmp_path / 'demo.png'}",
+def test_the_demo_is_called_with_its_options(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr("alphafpn.demo.run_demo", lambda **given: calls.append(given))
+    main(["demo", "--out", "a"])
+    main(["demo", "--images", "b", "--annotations", "c.json"])
+    assert calls == [
+        {"out": Path("a"), "images": None, "annotations": None},
+        {"out": Path("alphafpn-demo"), "images": Path("b"), "annotations": Path("c.json")},
     ]
 
 
@@ -240,20 +233,6 @@ def test_the_package_runs_as_a_program_and_only_then(monkeypatch, capsys):
     assert exit_.value.code == 0
     assert capsys.readouterr().out == f"alphafpn {__version__}\n"
     runpy.run_module("alphafpn.__main__", run_name="alphafpn.__main__")
-
-
-def test_a_picture_is_written_whole_or_not_at_all(annotations, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    before = sorted(tmp_path.iterdir())
-
-    def refuse(old, new):
-        assert Path(old).read_bytes().startswith(b"%PDF")
-        raise OSError("no room left")
-
-    monkeypatch.setattr(os, "replace", refuse)
-    error = fail(capsys, "estimate", annotations, *RETINANET, "--plot", tmp_path / "a.pdf")
-    assert error == "alphafpn: error: no room left\n"
-    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys):
