@@ -339,12 +339,14 @@ def _blocks(images: Sequence[Tensor], members: Sequence[int], name: str) -> Iter
     try:
         some: list[Tensor] = []
         count = 0
-        for piece in (piece for boxes in images for piece in boxes.split(BLOCK)):
-            if count + len(piece) > BLOCK:
-                yield check_boxes(torch.cat(some), "")
-                some, count = [], 0
-            some.append(piece)
-            count += len(piece)
+        for boxes in images:
+            # To split each of many small images would take as long as to match their boxes.
+            for piece in boxes.split(BLOCK) if len(boxes) > BLOCK else (boxes,):
+                if count + len(piece) > BLOCK:
+                    yield check_boxes(torch.cat(some), "")
+                    some, count = [], 0
+                some.append(piece)
+                count += len(piece)
         if count:
             yield check_boxes(torch.cat(some), "")
     except ValueError:
