@@ -34,6 +34,13 @@ def ecosystem(session: nox.Session) -> None:
 
 
 @nox.session
+def clients(session: nox.Session) -> None:
+    """What people pass in: detectors, modules, data sets and files of other libraries."""
+    session.install("-e", ".[test,ecosystem]", "deepforest>=2", "torchgeo>=0.8")
+    session.run("pytest", *(session.posargs or ("tests/clients",)))
+
+
+@nox.session
 def package(session: nox.Session) -> None:
     """Builds sdist and wheel, tries the wheel alone in a clean environment, tests the sdist."""
     out = Path(session.create_tmp()).resolve()

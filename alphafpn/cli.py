@@ -23,11 +23,12 @@ from alphafpn import __version__
 from alphafpn.comparison import compare_probe
 from alphafpn.display import new_axes
 from alphafpn.estimate.annotations import read_annotations
+from alphafpn.estimate.checks import DEFAULT_CLAMP
 from alphafpn.estimate.probe import DetectorProbe
 from alphafpn.estimate.report import warnings
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 TINY = ("tiny_retinanet", "tiny_faster_rcnn")
 
@@ -136,29 +137,42 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _estimate(options: argparse.Namespace) -> None:
-    axes = None if options.plot is None else _axes_for(options.plot)
+    if options.plot is not None:
+        _check_picture(options.plot)
     probe = DetectorProbe(_detector(options))
     annotations = read_annotations(options.annotations, category_ids=options.categories)
-    comparison = compare_probe(probe, annotations, None if options.no_clamp else (0.2, 2.0))
-    estimate = comparison.rows[0].estimate
-    if axes is not None:
-        estimate.plot(axes).figure.savefig(options.plot, dpi=150)
+    comparison = compare_probe(probe, annotations, None if options.no_clamp else DEFAULT_CLAMP)
+    estimate, findings = comparison.rows[0].estimate, comparison.findings()
+    if options.plot is not None:
+        figure: Any = new_axes().figure
+        figure.clear()
+        figure.set_size_inches(6.4, 8)
+        above, below = figure.subplots(2)
+        comparison.plot(above)
+        estimate.plot(below)
+        figure.savefig(options.plot, dpi=150)
         print(f"wrote {options.plot}", file=sys.stderr)
     if options.json:
-        print(json.dumps({**estimate.to_dict(), "anchors": comparison.to_list()}))
+        anchors = comparison.to_list()
+        print(json.dumps({**estimate.to_dict(), "anchors": anchors, "findings": findings}))
         for text in warnings(estimate):
             print("warning:", text, file=sys.stderr)
-    else:
-        for finding in comparison.findings():
-            print(finding)
-        print(f"\n{estimate.summary()}\n\n{comparison}")
+        return
+    print("\n".join(findings or ["The detector fits these boxes: there is nothing to adapt."]))
+    print(f"\n{estimate.summary()}\n")
+    names = ("min_size", "max_size", "anchor_sizes", "aspect_ratios")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
+    if given:
+        print(f"All scales and calls are for a detector that is built with your {', '.join(given)}")
+    print(comparison)
 
 
 def _detector(options: argparse.Namespace) -> nn.Module:
     """Builds the detector by name, without weights: only its anchors and sizes matter."""
     names = _detector_names()
     if options.detector not in names:
-        near = difflib.get_close_matches(options.detector, names, 1)
+        begun = [name for name in names if name.startswith(options.detector)]
+        near = begun or difflib.get_close_matches(options.detector, names, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(
             f"--detector: no feature pyramid detector named {options.detector!r}; known "
@@ -199,17 +213,15 @@ def _set_anchors(
     )
 
 
-def _axes_for(path: Path) -> Axes:
-    """Makes axes for a picture, after a check of its name: no mistake comes after the counting."""
-    axes = new_axes()
-    kinds = axes.figure.canvas.get_supported_filetypes()
+def _check_picture(path: Path) -> None:
+    """Checks the name of a picture before the counting, so that no mistake comes after it."""
+    kinds = new_axes().figure.canvas.get_supported_filetypes()
     if path.suffix[1:] not in kinds:
         raise ValueError(
             f"--plot {path}: expected a file name that ends in one of {', '.join(sorted(kinds))}"
         )
     if not path.parent.is_dir():
         raise ValueError(f"--plot {path}: expected its folder to exist, found none")
-    return axes
 
 
 def _demo(options: argparse.Namespace) -> None:

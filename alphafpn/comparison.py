@@ -18,7 +18,7 @@ from alphafpn.adapt import AnchorFit, anchor_sizes, change, check_heads, scaled_
 from alphafpn.display import new_axes, table
 from alphafpn.estimate.anchor_layout import AnchorLayout, check_distinct, largest
 from alphafpn.estimate.annotations import Annotations, read_annotations
-from alphafpn.estimate.checks import check_clamp
+from alphafpn.estimate.checks import DEFAULT_CLAMP, check_clamp
 from alphafpn.estimate.fcos import owned_boxes
 from alphafpn.estimate.probe import DetectorProbe, run_backbone, skeleton
 from alphafpn.estimate.report import factor_origin, factors
@@ -203,7 +203,7 @@ def compare_anchors(
     dataset: Any,
     *,
     category_ids: Collection[int] | None = None,
-    clamp: tuple[float, float] | None = (0.2, 2.0),
+    clamp: tuple[float, float] | None = DEFAULT_CLAMP,
     progress: bool = False,
 ) -> AnchorComparison:
     """Counts the boxes that a detector's anchors reach, as it is and adapted in several ways.

@@ -1,6 +1,6 @@
 """Breaks the core in one place at a time, and shows which changes no test notices.
 
-`python -m tests.mutants FOLDER` copies the tree to the new folder FOLDER, finds which tests reach
+`python -m tests.mutants FOLDER` copies the tree to FOLDER, finds which tests reach
 which line, and runs a random sample of mutants, each against the tests that reach its line.
 Annotations, decorators, `raise` statements and `zip(strict=)` stay as they are: a change there
 alters no behaviour that a test should hold.
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     folder = options.folder.resolve() / "tree"
+    shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "site"))
     measured = ["--cov=alphafpn", "--cov-context=test", "--cov-report="]
     if not passes(folder, "-n", "2", *measured, *TESTS, limit=3600):

@@ -66,7 +66,7 @@ def own_scenes(
         pool = [tile for image in part for tile in tiles[image]]
         chosen = [pool[i] for i in rng.permutation(len(pool))[:count].tolist()]
         parts.append([_scene(tile, objects[tile["id"]], images, scale) for tile in chosen])
-    return scale, *parts
+    return scale, parts[0], parts[1]
 
 
 def _scene(tile: dict[str, Any], objects: list[list[float]], images: Path, scale: float) -> Scene:

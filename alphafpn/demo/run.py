@@ -43,8 +43,8 @@ from alphafpn.display import table
 
 _ABOUT_FAR = (
     f"far: the same images, but a disc at least {FAR} px away decides which tiny figures are "
-    "objects. Small factors hold back what the coarse levels know of it; the first function of "
-    f"{ESTIMATED} alone does not."
+    "objects. A small factor can cost points there: it weakens what the coarse levels tell the "
+    "fine ones about the disc."
 )
 _NOTE = (
     "Two seeds do not rank rows that differ by less than 3 points. A small detector that is "

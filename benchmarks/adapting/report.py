@@ -157,7 +157,8 @@ def answers(found: dict[str, list[Runs]], count: int) -> list[str]:
         f"- **Factors of .5 on the adapted detector**: {_span(main, HALF, ADAPTED)}.",
         images["cost"],
         f"A finer level takes {operations[0]} times the operations of stock and {seconds[0]} times "
-        f"its time of training; the larger input {operations[1]} and {seconds[1]} times.",
+        f"its time of training; the larger input {operations[1]} and {seconds[1]} times. (What is "
+        "not trained is computed once for all runs, and not in these times.)",
         "### Does the share of reached boxes predict AP?",
         images["reach"],
         f"To a degree: the rank correlation over the rows of a data set is {predicted.mean:.2f} in "
@@ -167,7 +168,10 @@ def answers(found: dict[str, list[Runs]], count: int) -> list[str]:
         "the larger input counts as a row.",
         "### Do factors help the adapted detector?",
         images["factors"],
-        "\n".join(f"- **{NAMES[row]}**: {_span(main, row, ADAPTED)}." for row in FACTORS)
+        "\n".join(
+            f"- **{NAMES[row][0].upper() + NAMES[row][1:]}**: {_span(main, row, ADAPTED)}."
+            for row in FACTORS
+        )
         + f"\n- **S-alpha against .5**: {_span(main, ESTIMATED, HALF)}.",
     ]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import multiprocessing
-from pathlib import Path
 
 import pytest
 import torch
@@ -53,24 +51,6 @@ def test_work_resumes_where_it_was_stopped(tmp_path):
         {"seed": seed, "found": seed} for seed in range(3)
     ]
     assert not list((tmp_path / "claims").iterdir())
-
-
-def _try_claim(path, queue):
-    with records.claim(Path(path)) as mine:
-        queue.put(mine)
-
-
-def test_two_processes_do_not_do_the_same_run(tmp_path):
-    path = tmp_path / "run.lock"
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    with records.claim(path) as mine:
-        other = context.Process(target=_try_claim, args=(path, queue))
-        other.start()
-        assert (mine, queue.get(timeout=30)) == (True, False)
-        other.join()
-    with records.claim(path) as mine:
-        assert mine
 
 
 def test_a_page_is_filled_between_its_marks_alone(tmp_path):
