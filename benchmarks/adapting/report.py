@@ -174,13 +174,14 @@ def answers(found: dict[str, list[Runs]], count: int) -> list[str]:
         )
         + f"\n- **S-alpha against .5**: {_span(main, ESTIMATED, HALF)}.",
         "### In which order?",
-        f"Levels and anchors first: on {_fits_gain_more(main)} of {len(main.by_row)} sets they gain "
-        f"more than the best kind of factor does afterwards ({main.over_sets(ADAPTED, STOCK)} "
+        f"Levels and anchors first: on {_fits_gain_more(main)} of {len(main.by_row)} sets they "
+        "gain more than the best kind of factor does afterwards "
+        f"({main.over_sets(ADAPTED, STOCK)} "
         f"against {main.over_sets(HALF, ADAPTED)} for .5). Where the surroundings decide "
         f"(`dots`), .5 changes AP50 by {main.gain('dots', HALF, ADAPTED)} and S-alpha by "
         f"{main.gain('dots', ESTIMATED, ADAPTED)}. All of this is after 150 or 200 steps: "
         + (
-            "[four times as many](experiment-tables.md#four-times-the-steps) were tried on two sets."
+            "two sets have [four times as many](experiment-tables.md#four-times-the-steps)."
             if "long" in found
             else "whether it lasts was not measured."
         ),
