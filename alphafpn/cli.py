@@ -8,48 +8,41 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import io
 import json
-import os
-import re
 import sys
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 from torchvision.models import detection, get_model_builder, list_models
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from alphafpn import AlphaEstimate, __version__
+from alphafpn import __version__
 from alphafpn.comparison import compare_probe
 from alphafpn.display import new_axes
 from alphafpn.estimate.annotations import read_annotations
+from alphafpn.estimate.checks import DEFAULT_CLAMP
 from alphafpn.estimate.probe import DetectorProbe
 from alphafpn.estimate.report import warnings
+
+if TYPE_CHECKING:
+    pass
 
 TINY = ("tiny_retinanet", "tiny_faster_rcnn")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Gives one line per mistake, instead of the usage before it."""
+    """Gives one line per mistake, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        if re.search(r"^argument --detector|required: .*--detector$", message):
-            message += f"; known names are {', '.join(_detector_names())}"
-        elif found := re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message):
-            message += _nearest(found[1], re.findall(r"[\w-]+", found[2]))
         _fail(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; leaves by `SystemExit` unless all went well."""
-    options, unknown = _parser().parse_known_args(arguments)
-    if unknown:
-        known = re.findall(r"--[\w-]+", options.usage)
-        _fail(f"unrecognized arguments: {' '.join(unknown)}{_nearest(unknown[0], known)}")
+    options = _parser().parse_args(arguments)
     try:
         options.run(options)
     except (ValueError, TypeError, ImportError) as error:
@@ -65,14 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _fail(message: str) -> NoReturn:
     print("alphafpn: error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """Ends a message about a mistyped name with the known one that it may stand for."""
-    names = list(known)
-    begun = [other for other in names if other.startswith(name)]
-    found = begun or difflib.get_close_matches(name, names)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _detector_names() -> list[str]:
@@ -125,18 +110,18 @@ def _parser() -> argparse.ArgumentParser:
         help="height / width of the anchors on every level",
     )
     estimate.add_argument(
-        "--categories", type=int, nargs="+", metavar="ID", help="count only these category ids"
+        "--categories", type=_id, nargs="+", metavar="ID", help="count only these category ids"
     )
     estimate.add_argument("--no-clamp", action="store_true", help="leave the factors unclamped")
     estimate.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     estimate.add_argument("--plot", type=Path, metavar="FILE", help="save a picture")
-    estimate.set_defaults(run=_estimate, usage=estimate.format_usage())
+    estimate.set_defaults(run=_estimate)
 
     demo = commands.add_parser(
         "demo",
-        help="estimate, train, fold and compare, in a few minutes",
-        description="Trains a small detector with alpha = 1, with the estimated factors and with "
-        "others on drawn scenes, or on your images, and compares them (extra: demo).",
+        help="compare, adapt, train and evaluate, in a few minutes",
+        description="Trains a small detector as it is, adapted, and with fusion factors, on drawn "
+        "scenes or on your images, and compares them (extra: demo).",
     )
     demo.add_argument("--images", type=Path, metavar="DIR", help="your images")
     demo.add_argument("--annotations", type=Path, metavar="FILE", help="their COCO-format JSON")
@@ -147,35 +132,51 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("alphafpn-demo"),
         help="default: %(default)s",
     )
-    demo.set_defaults(run=_demo, usage=demo.format_usage())
+    demo.set_defaults(run=_demo)
     return parser
 
 
 def _estimate(options: argparse.Namespace) -> None:
-    kind = None if options.plot is None else _picture_kind(options.plot)
+    if options.plot is not None:
+        _check_picture(options.plot)
     probe = DetectorProbe(_detector(options))
     annotations = read_annotations(options.annotations, category_ids=options.categories)
-    comparison = compare_probe(probe, annotations, None if options.no_clamp else (0.2, 2.0))
-    estimate = comparison.rows[0].estimate
-    if kind is not None:
-        _save_plot(estimate, options.plot, kind)
+    comparison = compare_probe(probe, annotations, None if options.no_clamp else DEFAULT_CLAMP)
+    estimate, findings = comparison.rows[0].estimate, comparison.findings()
+    if options.plot is not None:
+        figure: Any = new_axes().figure
+        figure.clear()
+        figure.set_size_inches(6.4, 8)
+        above, below = figure.subplots(2)
+        comparison.plot(above)
+        estimate.plot(below)
+        figure.savefig(options.plot, dpi=150)
+        print(f"wrote {options.plot}", file=sys.stderr)
     if options.json:
-        print(json.dumps({**estimate.to_dict(), "anchors": comparison.to_list()}))
+        anchors = comparison.to_list()
+        print(json.dumps({**estimate.to_dict(), "anchors": anchors, "findings": findings}))
         for text in warnings(estimate):
             print("warning:", text, file=sys.stderr)
-    else:
-        for finding in comparison.findings():
-            print(finding)
-        print(f"\n{estimate.summary()}\n\n{comparison}")
+        return
+    print("\n".join(findings or ["The detector fits these boxes: there is nothing to adapt."]))
+    print(f"\n{estimate.summary()}\n")
+    names = ("min_size", "max_size", "anchor_sizes", "aspect_ratios")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
+    if given:
+        print(f"All scales and calls are for a detector that is built with your {', '.join(given)}")
+    print(comparison)
 
 
 def _detector(options: argparse.Namespace) -> nn.Module:
     """Builds the detector by name, without weights: only its anchors and sizes matter."""
     names = _detector_names()
     if options.detector not in names:
+        begun = [name for name in names if name.startswith(options.detector)]
+        near = begun or difflib.get_close_matches(options.detector, names, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(
             f"--detector: no feature pyramid detector named {options.detector!r}; known "
-            f"names are {', '.join(names)}{_nearest(options.detector, names)}"
+            f"names are {', '.join(names)}{hint}"
         )
     sizes = {"min_size": options.min_size, "max_size": options.max_size}
     given = {name: value for name, value in sizes.items() if value is not None}
@@ -212,44 +213,27 @@ def _set_anchors(
     )
 
 
-def _picture_kind(path: Path) -> str:
-    """Reads the file format off the name, before the counting: no mistake comes after it."""
+def _check_picture(path: Path) -> None:
+    """Checks the name of a picture before the counting, so that no mistake comes after it."""
     kinds = new_axes().figure.canvas.get_supported_filetypes()
-    kind = path.suffix.lstrip(".") or "png"
-    if kind not in kinds:
+    if path.suffix[1:] not in kinds:
         raise ValueError(
             f"--plot {path}: expected a file name that ends in one of {', '.join(sorted(kinds))}"
-            + _nearest(kind, kinds)
         )
     if not path.parent.is_dir():
         raise ValueError(f"--plot {path}: expected its folder to exist, found none")
-    return kind
-
-
-def _save_plot(estimate: AlphaEstimate, path: Path, kind: str) -> None:
-    """Writes the picture whole or not at all."""
-    picture = io.BytesIO()
-    estimate.plot().figure.canvas.print_figure(picture, format=kind, dpi=150)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(picture.getvalue())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    print(f"wrote {path}", file=sys.stderr)
 
 
 def _demo(options: argparse.Namespace) -> None:
     if (options.images is None) != (options.annotations is None):
-        raise ValueError("--images and --annotations go together")
+        raise ValueError("--images and --annotations: expected both or none, found one")
     from alphafpn.demo import run_demo
 
-    outcome = run_demo(out=options.out, images=options.images, annotations=options.annotations)
-    print(json.dumps(outcome, indent=2))
-    for sentence in (*outcome["findings"], outcome["note"], f"see {options.out / 'demo.png'}"):
-        print(sentence, file=sys.stderr)
+    run_demo(out=options.out, images=options.images, annotations=options.annotations)
+
+
+def _id(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdecimal() else text
 
 
 def _positive(text: str) -> int:

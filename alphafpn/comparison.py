@@ -18,11 +18,12 @@ from alphafpn.adapt import AnchorFit, anchor_sizes, change, check_heads, scaled_
 from alphafpn.display import new_axes, table
 from alphafpn.estimate.anchor_layout import AnchorLayout, check_distinct, largest
 from alphafpn.estimate.annotations import Annotations, read_annotations
-from alphafpn.estimate.checks import check_clamp
+from alphafpn.estimate.checks import DEFAULT_CLAMP, check_clamp
 from alphafpn.estimate.fcos import owned_boxes
 from alphafpn.estimate.probe import DetectorProbe, run_backbone, skeleton
 from alphafpn.estimate.report import factor_origin, factors
 from alphafpn.estimate.s_alpha import InputBoxes, estimate_probe, input_boxes
+from alphafpn.pyramid import AlphaFeaturePyramidNetwork, remove_factors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -203,7 +204,7 @@ def compare_anchors(
     dataset: Any,
     *,
     category_ids: Collection[int] | None = None,
-    clamp: tuple[float, float] | None = (0.2, 2.0),
+    clamp: tuple[float, float] | None = DEFAULT_CLAMP,
     progress: bool = False,
 ) -> AnchorComparison:
     """Counts the boxes that a detector's anchors reach, as it is and adapted in several ways.
@@ -323,6 +324,9 @@ def _adapted(
 ) -> DetectorProbe:
     """Adapts a copy of the detector; `like` is a probe with the same levels."""
     detector = skeleton(probe.detector)
+    for part in detector.backbone.modules():
+        if isinstance(part, AlphaFeaturePyramidNetwork):  # factors move no anchor
+            remove_factors(part)
     change(detector, scale, finer_level, input_scale)
     return DetectorProbe(detector, like)
 

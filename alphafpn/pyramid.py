@@ -1,6 +1,7 @@
 """Eq. 1 as a module, and the kinds of fusion factor that it can hold.
 
-A pyramid that fuses K levels has K-1 edges; edge i leads from level i+1 to level i, 0 the finest.
+A pyramid that fuses K levels has K-1 edges. Edge i leads from level i+1 to level i; level 0 is the
+finest.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class LearnableAlpha:
     """Describes factors that the loss optimises: three-alpha, or one-alpha with `shared=True`.
 
     Args:
-        init: What the factors start at: one number, or one per edge, such as an `AlphaEstimate`.
+        init: Initial values: one number, or one per edge, such as an `AlphaEstimate`.
         shared: Whether all edges of a pyramid use one parameter.
 
     Raises:
@@ -53,13 +54,13 @@ class LearnableAlpha:
 class AttentionAlpha:
     """Describes factors that a small gate per edge computes for each image: atten-alpha.
 
-    The paper has only a caption for it (Fig. 6); this is our reading. A factor is
-    `init * 2 * sigmoid(z)`, where z is the coarse map after global average pooling, Linear, ReLU
-    and Linear. The last layer starts at zero, so that each factor starts exactly at `init`.
+    The paper mentions it only in the caption of Fig. 6; this is our interpretation. A factor is
+    `init * 2 * sigmoid(z)`. Global average pooling, Linear, ReLU and Linear compute z from the
+    coarse map. The last layer starts at zero, so each factor starts exactly at `init`.
 
     Args:
-        init: What the factors start at: one number, or one per edge, such as an `AlphaEstimate`.
-        reduction: Channels of the pyramid per hidden unit of a gate.
+        init: Initial values: one number, or one per edge, such as an `AlphaEstimate`.
+        reduction: Channels of the pyramid per hidden unit of a gate; any integer type.
 
     Raises:
         TypeError: If `init` is not made of numbers.
@@ -91,10 +92,10 @@ Alpha: TypeAlias = float | Sequence[float] | LearnableAlpha | AttentionAlpha
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero, also where `reset_parameters` initialises it later."""
+    """A linear layer whose weight and bias start at zero."""
 
     def reset_parameters(self) -> None:
-        """Draws what `nn.Linear` draws, and sets weight and bias to zero."""
+        """Draws the random numbers that `nn.Linear` draws, then sets weight and bias to zero."""
         super().reset_parameters()
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
@@ -103,7 +104,7 @@ class ZeroLinear(nn.Linear):
 class AttentionGate(nn.Module):
     """Computes the factor of one edge from the coarse map that it scales (see `AttentionAlpha`).
 
-    `configured` is the value of the buffer `init`; it outlives the meta device.
+    `configured` is the value of the buffer `init` as a number, for when the buffer has no values.
     """
 
     def __init__(self, channels: int, reduction: int, init: float) -> None:
@@ -114,7 +115,7 @@ class AttentionGate(nn.Module):
         self.register_buffer("init", torch.tensor(init, dtype=torch.float64))
 
     def reset_parameters(self) -> None:
-        """Sets `init` to its value; the layers have a `reset_parameters` of their own."""
+        """Sets the buffer `init`; as usual in torch, the layers reset themselves."""
         _fill(self.init, self.configured)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttentionGate:
@@ -139,13 +140,19 @@ class AlphaFeaturePyramidNetwork(FeaturePyramidNetwork):  # type: ignore[misc]
           With `alpha=1` the outputs are bitwise the parent's.
         - A checkpoint without factors, such as a stock one, loads with `strict=True` and leaves
           fixed and learnable factors as they are.
+        - On the meta device factors have no values. Once `to_empty`, FSDP or an assigned
+          checkpoint makes them real, they are what `alpha` said, until a checkpoint with factors
+          is loaded. Gates are initialised anew; a checkpoint has to hold them.
 
-    Factors can be read at any time. `alpha` is a buffer [K-1] where they are fixed, a parameter
-    [K-1] where they are learnable ([1] if shared). Attention has no `alpha`: its factors differ
-    from image to image and are the outputs [N, 1, 1, 1] of the modules `gates[i]`, so that
+    Factors can be read at any time. Fixed factors are a buffer `alpha` [K-1], learnable ones a
+    parameter `alpha` [K-1] ([1] if shared). Attention has no `alpha`: its factors differ from image
+    to image. They are the outputs [N, 1, 1, 1] of the modules `gates[i]`, and
     `gates[i].register_forward_hook(lambda gate, args, factor: ...)` sees them.
 
-    A new pyramid draws from the global random state what its parent draws, and no more.
+    A new pyramid draws the same random numbers from the global state as its parent, and no others.
+
+    With and without gradients the outputs differ by rounding, since Eq. 1 is computed in one kernel
+    if no graph is recorded.
 
     Args:
         in_channels_list: Channels of each of the K feature maps, finest first.
@@ -157,7 +164,7 @@ class AlphaFeaturePyramidNetwork(FeaturePyramidNetwork):  # type: ignore[misc]
 
     Raises:
         TypeError: If `alpha` is none of these.
-        ValueError: If its values are not K-1, or not finite in the weights' dtype.
+        ValueError: If there are not K-1 values, or one is not finite in the weights' dtype.
 
     Examples:
         >>> AlphaFeaturePyramidNetwork([8, 16, 32], 4, alpha=[0.5, 0.25]).alpha
@@ -187,14 +194,14 @@ class AlphaFeaturePyramidNetwork(FeaturePyramidNetwork):  # type: ignore[misc]
             lateral = self.get_result_from_inner_blocks(features[idx], idx)
             alpha = self._alpha(last_inner, idx, alphas)
             size = lateral.shape[2:]
-            # Eq. 1. Without a graph, one kernel scales and adds. With one, scaling before the
-            # nearest-neighbour upsampling costs a quarter, forward and backward, and the graph
-            # saves no map that stock's does not save.
+            # Eq. 1. Without a graph one kernel scales and adds. With a graph it is cheaper to scale
+            # before the nearest-neighbour upsampling: a quarter of the elements, forward and
+            # backward, and the graph saves no map that the stock graph does not save.
             if torch.is_grad_enabled():
                 last_inner = lateral + F.interpolate(last_inner * alpha, size=size, mode="nearest")
             else:
                 upsampled = F.interpolate(last_inner, size=size, mode="nearest")
-                # Autocast may promote what addcmul is given: a float32 factor would widen the maps.
+                # Autocast promotes the arguments of addcmul: a float32 factor would widen the maps.
                 last_inner = torch.addcmul(lateral, upsampled, alpha.to(upsampled.dtype))
             results.insert(0, self.get_result_from_layer_blocks(last_inner, idx))
         if self.extra_blocks is not None:
@@ -205,12 +212,12 @@ class AlphaFeaturePyramidNetwork(FeaturePyramidNetwork):  # type: ignore[misc]
         """Returns a view of shape [] per edge, or nothing if the gates compute the factors."""
         alphas: list[Tensor] = []
         if not hasattr(self, "gates"):
-            # Shape [] leaves bfloat16 maps bfloat16; a Python number would cost a host sync.
+            # Tensors of shape [] leave bfloat16 maps bfloat16; numbers would need a host sync.
             alphas = self.alpha.expand(len(self.inner_blocks) - 1).unbind()
         return alphas
 
     def _alpha(self, coarse: Tensor, edge: int, alphas: list[Tensor]) -> Tensor:
-        # TorchScript resolves `hasattr` as it compiles, and reaches single modules only by a loop.
+        # TorchScript resolves `hasattr` when it compiles, and indexes modules only in a loop.
         if hasattr(self, "gates"):
             alpha = coarse
             for i, gate in enumerate(self.gates):
@@ -226,13 +233,13 @@ class AlphaFeaturePyramidNetwork(FeaturePyramidNetwork):  # type: ignore[misc]
         else:
             kind = ", learnable" if isinstance(self.alpha, nn.Parameter) else ""
             tensors = [self.alpha.detach()]
-        # Meta tensors have no values, and to read sharded ones would be a collective operation.
+        # Meta tensors have no values; reading sharded ones would be a collective operation.
         readable = all(type(tensor) is Tensor and not tensor.is_meta for tensor in tensors)
         values = [f"{v:.4g}" for t in tensors for v in t.flatten().tolist()] if readable else ["?"]
         return f"alpha=[{', '.join(values)}]{kind}"
 
     def reset_parameters(self) -> None:
-        """Sets fixed and learnable factors to the values that they were configured with."""
+        """Sets fixed and learnable factors to the values that `alpha` gave them."""
         if not hasattr(self, "gates"):
             _fill(self.alpha, self.configured)
 
@@ -241,7 +248,7 @@ class AlphaFeaturePyramidNetwork(FeaturePyramidNetwork):  # type: ignore[misc]
     ) -> AlphaFeaturePyramidNetwork:
         empty = _leaves_empty(fn)
         if not empty:
-            # Accelerate fills weights one by one, and finds no factors in a stock checkpoint.
+            # accelerate sets the tensors of a checkpoint one by one; a stock one has no factors.
             self._leave_meta(next(self.inner_blocks.parameters(), None))
         super()._apply(fn, recurse)
         if empty:
@@ -269,8 +276,9 @@ class AlphaFeaturePyramidNetwork(FeaturePyramidNetwork):  # type: ignore[misc]
 def alpha_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Lists the parameters of all learnable and attention factors in a model.
 
-    They make an optimizer group of their own. An optimizer built before `patch_detector` made them
-    does not hold them: `optimizer.add_param_group({"params": alpha_parameters(model)})`.
+    They can have an optimizer group of their own. An optimizer that was built before
+    `patch_detector` does not hold them:
+    `optimizer.add_param_group({"params": alpha_parameters(model)})`.
 
     Examples:
         >>> pyramid = AlphaFeaturePyramidNetwork([8, 16, 32], 4, alpha=LearnableAlpha(0.5))
@@ -287,7 +295,7 @@ def alpha_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def edge_name(edge: int) -> str:
-    """Names the two levels that an edge joins."""
+    """Names an edge by its two levels."""
     return f"level {edge + 1} -> level {edge}"
 
 
@@ -302,7 +310,7 @@ def make_factors(
         where: What errors call `alpha`.
 
     Returns:
-        A tensor, a parameter or gates; and the values that `reset_parameters` gives the first two.
+        A tensor, a parameter or gates; and the values of a tensor or parameter as numbers.
     """
     weight = next(fpn.inner_blocks.parameters(), torch.tensor([]))
     edges = max(len(fpn.inner_blocks), 1) - 1
@@ -320,10 +328,10 @@ def make_factors(
                 f"{where}: expected a number that is finite in {weight.dtype} for "
                 f"{edge_name(edge)}, found {value}"
             )
-    # Tensors made in inference mode could not be trained later.
+    # Tensors that are made in inference mode cannot be trained later.
     with torch.inference_mode(False):
         if isinstance(alpha, AttentionAlpha):
-            # On the CPU and under a fork, so that the user's random state stays as it is.
+            # Made on the CPU, with the random state restored, so that the user's stays the same.
             with torch.random.fork_rng(devices=()), torch.device("cpu"):
                 gates = nn.ModuleList(
                     AttentionGate(weight.shape[0], alpha.reduction, value) for value in values
@@ -333,7 +341,7 @@ def make_factors(
             values = values[:1]
         factors = torch.tensor(values, dtype=weight.dtype, device=weight.device)
         if isinstance(alpha, LearnableAlpha):
-            # Without edges the parameter is empty and unused, and DDP would wait for its gradient.
+            # Without edges the parameter is empty; DDP would wait for its gradient.
             factors = nn.Parameter(factors, requires_grad=edges > 0)
         return factors, tuple(values)
 
@@ -341,7 +349,7 @@ def make_factors(
 def install_factors(
     fpn: FeaturePyramidNetwork, factors: Tensor | nn.ModuleList, configured: tuple[float, ...]
 ) -> None:
-    """Gives `fpn`, in place, what `make_factors` made; tensors of the same form stay, refilled."""
+    """Gives `fpn` new factors, in place; tensors of the same form are kept and refilled."""
     current = _factors(fpn)
     pairs = [] if current is None else list(zip(_tensors(current), _tensors(factors), strict=False))
     if type(current) is type(factors) and all(_refillable(old, new) for old, new in pairs):
@@ -367,8 +375,8 @@ def install_factors(
 
 def remove_factors(fpn: AlphaFeaturePyramidNetwork) -> None:
     """Makes a patched pyramid a stock one, in place, with the weights that it has."""
-    for name in ("gates" if hasattr(fpn, "gates") else "alpha", "configured"):
-        delattr(fpn, name)
+    delattr(fpn, "gates" if hasattr(fpn, "gates") else "alpha")
+    fpn.__dict__.pop("configured", None)  # pickles of version 0.1 have none
     fpn.__class__ = FeaturePyramidNetwork
 
 
@@ -385,7 +393,7 @@ def _tensors(factors: Tensor | nn.ModuleList) -> list[Tensor]:
 
 
 def _refillable(old: Tensor, new: Tensor) -> bool:
-    # A copy made in inference mode cannot be written to outside of it.
+    # Tensors that were made in inference mode cannot be changed outside of it.
     return old.shape == new.shape and not old.is_inference()
 
 
@@ -399,7 +407,7 @@ def _fill(tensor: Any, values: float | tuple[float, ...]) -> None:
 
 
 def _leaves_empty(fn: Callable[[Tensor], Tensor]) -> bool:
-    """Tells whether `fn`, given to `Module._apply`, makes tensors without values as `to_empty`."""
+    """Tells whether `fn`, an argument of `Module._apply`, drops all values, as `to_empty` does."""
     try:
         return not fn(torch.empty(0, device="meta")).is_meta
     except Exception:

@@ -1,4 +1,4 @@
-"""Patches, unpatches and folds the pyramids inside a detector: validates all, then changes it."""
+"""Patches, unpatches and folds the pyramids in a detector; validates all before any change."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 
+from alphafpn.estimate.probe import refuse_wrappers
 from alphafpn.pyramid import (
     Alpha,
     AlphaFeaturePyramidNetwork,
@@ -23,10 +24,7 @@ from alphafpn.pyramid import (
 
 M = TypeVar("M", bound=nn.Module)
 
-# By name: importing FSDP to ask would load all of torch.distributed.
-_WRAPPERS = ("ScriptModule", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
-
-# The forward methods whose output is `weight * something + bias`.
+# The forward methods that return `weight * something + bias`.
 _AFFINE = {
     cls.forward
     for cls in (
@@ -44,21 +42,21 @@ _AFFINE = {
 def patch_detector(model: M, alpha: Alpha) -> M:
     """Gives the pyramids inside a model fusion factors, in place.
 
-    Each `FeaturePyramidNetwork` stays the same object with the same parameters, hooks, device,
-    dtype and modes, and becomes an `AlphaFeaturePyramidNetwork`. Patching again replaces the
-    factors; ones of the same kind change their values only, so that compiled code stays valid.
+    Each `FeaturePyramidNetwork` becomes an `AlphaFeaturePyramidNetwork`. It stays the same object
+    with the same parameters, hooks, device, dtype and modes. Patching again replaces the factors.
+    Factors of the same kind only change their values, so compiled code stays valid.
 
     Args:
         model: A detector, any module that contains pyramids, or a pyramid; compiled ones too.
-        alpha: As in `AlphaFeaturePyramidNetwork`; several pyramids all get the same factors.
+        alpha: As in `AlphaFeaturePyramidNetwork`; if there are several pyramids, all get it.
 
     Returns:
-        The model that was given.
+        The same model.
 
     Raises:
-        TypeError: If there is no pyramid, or one of another class or with a `forward` of its own;
-            if something is scripted or wrapped in DDP or FSDP; if `alpha` is of no known kind.
-        ValueError: If `alpha` does not fit a pyramid. In all cases the model is as it was.
+        TypeError: If there is no pyramid, or one of another class or with its own `forward`; if a
+            part is scripted or wrapped in DDP or FSDP; if `alpha` is of an unknown kind.
+        ValueError: If `alpha` does not fit a pyramid. After any error the model is unchanged.
 
     Examples:
         >>> from torchvision.ops import FeaturePyramidNetwork
@@ -77,17 +75,17 @@ def patch_detector(model: M, alpha: Alpha) -> M:
 def unpatch_detector(model: M) -> M:
     """Makes the patched pyramids inside a model stock ones again, in place.
 
-    The factors are dropped and the weights stay, so that the outputs change; `fold_alpha` keeps the
+    The factors are dropped and the weights stay, so the outputs change. `fold_alpha` keeps the
     outputs.
 
     Args:
         model: As in `patch_detector`.
 
     Returns:
-        The model that was given.
+        The same model.
 
     Raises:
-        TypeError: If there is no patched pyramid, or where `patch_detector` raises it.
+        TypeError: If there is no patched pyramid, or as in `patch_detector`.
 
     Examples:
         >>> from torchvision.ops import FeaturePyramidNetwork
@@ -101,26 +99,28 @@ def unpatch_detector(model: M) -> M:
 
 
 def fold_alpha(model: M) -> M:
-    """Moves the factors inside a model into its weights, in place: stock pyramids, same outputs.
+    """Moves the factors in a model into its weights, in place: stock pyramids, same outputs.
 
-    With c_0 = 1 and c_{i+1} = alpha_i * c_i, the output of inner block i is scaled by c_i in its
-    last weight and bias (the normalisation's where it has one), and the convolution of layer block
-    i by 1/c_i in its weight, so that it undoes c_i before anything else sees it. Extra blocks see
-    backbone features and finished output maps only, and stay as they are. Learnable factors fold
-    at their present value. The state of an optimizer is not rescaled. A folded checkpoint belongs
-    in a stock model: a patched one takes it without complaint, and applies its factors once more.
+    Let c_0 = 1 and c_{i+1} = alpha_i * c_i. The output of inner block i is multiplied by c_i: in
+    the weight and bias of its normalisation if it has one, else of its convolution. The weight of
+    the convolution in layer block i is divided by c_i, which undoes this. Extra blocks use only
+    backbone features and output maps, so they stay the same. Learnable factors are folded at their
+    present value. The state of an optimizer is not rescaled.
+
+    Load a folded checkpoint into a stock model only. A patched model loads it without an error, and
+    applies its factors a second time.
 
     Args:
         model: As in `patch_detector`.
 
     Returns:
-        The model that was given.
+        The same model.
 
     Raises:
         TypeError: As in `unpatch_detector`.
-        ValueError: If a factor is 0, or comes from attention; if scaled weights leave the range of
-            their dtype; if a weight to scale is missing, parametrised or shared with something
-            else in the model. In all cases the model is as it was.
+        ValueError: If a factor is 0, comes from attention or has no value (meta device); if scaled
+            weights leave the range of their dtype; if a weight to scale is missing, parametrised or
+            shared with another part of the model. After any error the model is unchanged.
 
     Examples:
         >>> from torchvision.ops import FeaturePyramidNetwork
@@ -142,18 +142,11 @@ def fold_alpha(model: M) -> M:
 
 
 def _pyramids(model: nn.Module) -> list[tuple[str, FeaturePyramidNetwork]]:
-    """Lists the pyramids in a model with their paths, or says why they must not be changed."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    """Lists the pyramids in a model with their paths, or raises if they must not be changed."""
+    refuse_wrappers(model, "patch before wrapping or scripting")
     found = []
     for path, module in model.named_modules():
         path = path or type(model).__name__
-        for cls in type(module).__mro__:
-            if cls.__name__ in _WRAPPERS:
-                raise TypeError(
-                    f"{path}: found a {cls.__name__} ({type(module).__name__}); "
-                    "patch before wrapping or scripting"
-                )
         if not isinstance(module, FeaturePyramidNetwork):
             continue
         if type(module) not in (FeaturePyramidNetwork, AlphaFeaturePyramidNetwork):
@@ -185,7 +178,7 @@ def _patched(model: nn.Module) -> list[tuple[str, AlphaFeaturePyramidNetwork]]:
 
 
 def _owners(model: nn.Module) -> dict[nn.Module | int, list[str]]:
-    """Maps each module, and each tensor by the address of its data, to all places that hold it."""
+    """Maps each module, and the data address of each tensor, to all paths that lead to it."""
     owners: dict[nn.Module | int, list[str]] = defaultdict(list)
     for path, module in model.named_modules():
         for name, child in module._modules.items():
@@ -200,7 +193,9 @@ def _owners(model: nn.Module) -> dict[nn.Module | int, list[str]]:
 def _folded(
     path: str, fpn: AlphaFeaturePyramidNetwork, owners: dict[nn.Module | int, list[str]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the tensors that folding changes, each with its new values."""
+    """Yields the tensors that folding changes, with their new values."""
+    if any(tensor.is_meta for tensor in (*fpn.parameters(), *fpn.buffers())):
+        raise ValueError(f"{path}: tensors on the meta device have no values and cannot fold")
     if hasattr(fpn, "gates"):
         raise ValueError(f"{path}: attention factors differ from image to image and cannot fold")
     scale = 1.0
@@ -222,7 +217,7 @@ def _rescaled(
     scale: float,
     owners: dict[nn.Module | int, list[str]],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields what multiplies the output of an inner block, or divides a layer's convolution."""
+    """Yields the scaled tensors of an inner block, or of the convolution of a layer block."""
     inner = kind == "inner_blocks"
     blocks = getattr(fpn, kind)
     block = blocks[level]
@@ -244,7 +239,7 @@ def _rescaled(
             if len(owners[part]) > 1:
                 raise ValueError(f"{where}: its {name} is shared by {' and '.join(owners[part])}")
         value = tensor.detach() * scale if inner else tensor.detach() / scale
-        # Below the smallest normal number the largest weight would lose digits.
+        # Below the smallest normal number weights lose digits.
         limits, peak = torch.finfo(value.dtype), float(value.abs().max())
         if not math.isfinite(peak) or (peak < limits.tiny and tensor.any()):
             raise ValueError(

@@ -25,11 +25,13 @@ def fold(title: str, *parts: str) -> str:
 def fill(page: Path, mark: str, parts: Iterable[str]) -> None:
     """Writes paragraphs between the comments `mark: begin` and `mark: end` of a page.
 
+    A page that does not exist is made of them.
+
     Raises:
         ValueError: If the page does not hold both comments once, in this order.
     """
     begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
-    old = page.read_text("utf-8")
+    old = page.read_text("utf-8") if page.exists() else f"{begin}\n{end}\n"
     text = "\n\n".join(parts)
     before, found, rest = old.partition(begin)
     if not found or begin in rest or rest.count(end) != 1:

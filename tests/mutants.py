@@ -1,9 +1,9 @@
 """Breaks the core in one place at a time, and shows which changes no test notices.
 
-`python -m tests.mutants FOLDER` copies the tree to FOLDER, finds which tests reach which line, and
-runs a random sample of mutants, each against the tests that reach its line. A second call with the
-same folder goes on where the first one ended. Annotations, decorators, `raise` statements and
-`zip(strict=)` stay as they are: a change there alters no behaviour that a test should hold.
+`python -m tests.mutants FOLDER` copies the tree to FOLDER, finds which tests reach
+which line, and runs a random sample of mutants, each against the tests that reach its line.
+Annotations, decorators, `raise` statements and `zip(strict=)` stay as they are: a change there
+alters no behaviour that a test should hold.
 """
 
 from __future__ import annotations
@@ -11,16 +11,12 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
-import hashlib
-import json
-import math
 import os
 import random
 import shutil
 import signal
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,10 +25,10 @@ import pytest
 import torchvision  # noqa: F401  (once, for all forks)
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE = ("*.py", "estimate/**/*.py")
-MODULES = ("cli", "display", "equivalence", "gradients", "imports", "pyramid", "surgery")
-TESTS = ["tests/estimate", *(f"tests/test_{name}.py" for name in MODULES)]
+MODULES = ("adapt", "cli", "comparison", "display", "gradients", "pyramid", "surgery")
+TESTS = ["tests/estimate", "tests/test_equivalence.py", *(f"tests/test_{n}.py" for n in MODULES)]
 ENOUGH = 0.95
+SECONDS = 600  # a mutant that takes longer hangs, and so is noticed
 PAIRS = [
     (ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot),
     (ast.In, ast.NotIn), (ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.FloorDiv, ast.Mod),
@@ -103,7 +99,7 @@ def _put(owner: ast.AST, field: str, i: int | None, part: ast.AST) -> None:
         getattr(owner, field)[i] = part
 
 
-def passes(folder: Path, *options: str, limit: float = math.inf) -> bool:
+def passes(folder: Path, *options: str, limit: float) -> bool:
     """Whether pytest passes in `folder`: in a fork, which finds torch imported already."""
     child = os.fork()
     if child == 0:
@@ -119,68 +115,32 @@ def passes(folder: Path, *options: str, limit: float = math.inf) -> bool:
             os.dup2(log.fileno(), 2)
         os._exit(int(pytest.main(["-q", "-p", "no:cacheprovider", *options])))
     end = time.monotonic() + limit
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
+    while not (done := os.waitpid(child, os.WNOHANG))[0]:
         if time.monotonic() > end:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return False
         time.sleep(0.05)
-    code = os.waitstatus_to_exitcode(status)
-    # Codes above 2 are a mistake in this call; 2 is a test module that cannot be imported, and 4 a
-    # conftest that cannot. A signal is the mutant's doing.
+    code = os.waitstatus_to_exitcode(done[1])
+    # 2 is a test module that cannot be imported, and 4 a conftest that cannot; a signal is the
+    # mutant's doing. All else above 1 is a mistake in this call.
     if code > 4 or code == 3:
         raise RuntimeError(f"pytest left with {code}: {(folder / 'log.txt').read_text()[-2000:]}")
     return code == 0
 
 
-def state() -> str:
-    """Names what the mutants are made of and what runs against them, by its content."""
-    paths = sorted(p for part in ("alphafpn", "tests") for p in (ROOT / part).rglob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-
-
-def prepare(folder: Path) -> dict[str, float]:
-    """Copies the tree, runs the suite once with each line's tests, and returns their seconds."""
-    if not (folder / "times.xml").exists():
-        ignored = shutil.ignore_patterns(".*", "__pycache__", "site", "dist")
-        shutil.copytree(ROOT, folder, ignore=ignored, dirs_exist_ok=True)
-        options = ["-n", "2", "--cov=alphafpn", "--cov-context=test", "--cov-report="]
-        if not passes(folder, *options, "--junitxml=part.xml", *TESTS):
-            raise RuntimeError("the suite fails before anything is changed")
-        (folder / "state.txt").write_text(state())
-        (folder / "part.xml").rename(folder / "times.xml")
-    if (folder / "state.txt").read_text() != state():
-        raise RuntimeError(f"{folder} is of another state of the tree: give a new folder")
-    cases = ElementTree.parse(folder / "times.xml").iter("testcase")
-    return {f"{c.get('classname')}.{c.get('name')}": float(c.get("time", 0)) for c in cases}
-
-
-def name_of(test: str) -> str:
-    """Turns pytest's id of a test into its name in the report."""
-    return test.replace("/", ".").replace(".py::", ".").replace("::", ".")
-
-
-def reaching(folder: Path, path: Path, seconds: dict[str, float]) -> dict[int, list[str]]:
-    """Maps each line of a module to the tests that reach it: the module's own, then the fastest.
+def reaching(data: coverage.CoverageData, path: Path, line: int) -> list[str]:
+    """Returns the tests that reach a line of a module, those named after the module first.
 
     What runs when the module is imported is reached by all of the module's tests.
     """
-    data = coverage.CoverageData(str(folder / ".coverage"))
-    data.read()
-    contexts = data.contexts_by_lineno(str(folder / path))
-    found = {
-        line: {context.partition("|")[0] for context in part} - {""}
-        for line, part in contexts.items()
+    contexts = data.contexts_by_lineno(str(path))
+    tests = {
+        number: {context.partition("|")[0] for context in found} - {""}
+        for number, found in contexts.items()
     }
-    every = set().union(*found.values())
-
-    def order(test: str) -> tuple[bool, float]:
-        return f"/test_{path.stem}.py" not in test, seconds.get(name_of(test), 0.0)
-
-    return {line: sorted(tests or every, key=order) for line, tests in found.items()}
+    found = tests.get(line) or set().union(*tests.values())
+    return sorted(found, key=lambda test: (f"/test_{path.stem}.py" not in test, test))
 
 
 def main() -> None:
@@ -190,39 +150,31 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    folder = options.folder.resolve()
-    seconds = prepare(folder)
-    paths = sorted(p.relative_to(folder) for glob in CORE for p in (folder / "alphafpn").glob(glob))
-    for path in paths:  # of a call that was killed, one is still broken
-        shutil.copy(ROOT / path, folder / path)
-    if not passes(folder, *TESTS[1:]):
-        raise RuntimeError(f"unchanged, the copy fails: see {folder / 'log.txt'}")
-    everything = [(path, *mutant) for path in paths for mutant in mutants(folder / path)]
+    folder = options.folder.resolve() / "tree"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "site"))
+    measured = ["--cov=alphafpn", "--cov-context=test", "--cov-report="]
+    if not passes(folder, "-n", "2", *measured, *TESTS, limit=3600):
+        sys.exit(f"the suite fails before anything is changed: see {folder / 'log.txt'}")
+    data = coverage.CoverageData(str(folder / ".coverage"))
+    data.read()
+    core = [*(folder / "alphafpn").glob("*.py"), *(folder / "alphafpn" / "estimate").glob("*.py")]
+    everything = [(path, *mutant) for path in sorted(core) for mutant in mutants(path)]
     sample = random.Random(options.seed).sample(everything, options.count)
-    results = folder / f"mutants-{options.count}-{options.seed}.jsonl"
-    done = (
-        [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    )
-    for path, line, change, source in sample[len(done) :]:
-        tests = reaching(folder, path, seconds).get(line, [])[:400]
-        # Ten times what the tests took: one that hangs is noticed, one that is slow is not dead.
-        limit = 60 + 10 * sum(seconds.get(name_of(test), 0.0) for test in tests)
-        original = (ROOT / path).read_text()
-        (folder / path).write_text(source)
-        try:
-            phases = "--hypothesis-profile=mutants"
-            alive = not tests or passes(folder, "-x", phases, *tests, limit=limit)
-        finally:
-            (folder / path).write_text(original)
-        done.append({"place": f"{path}:{line}", "change": change, "alive": alive})
-        with results.open("a") as file:
-            file.write(json.dumps(done[-1]) + "\n")
-        print(f"{len(done)}/{len(sample)}", "ALIVE" if alive else "dead", done[-1], flush=True)
-    survivors = [mutant for mutant in done if mutant["alive"]]
-    print(f"{len(done) - len(survivors)} of {len(done)} mutants of {len(everything)} died")
-    for mutant in survivors:
-        print(f"  {mutant['place']}: {mutant['change']}")
-    sys.exit(len(survivors) > (1 - ENOUGH) * len(done))
+    survivors = []
+    for number, (path, line, change, source) in enumerate(sample, 1):
+        original = path.read_text()
+        path.write_text(source)
+        tests = reaching(data, path, line)[:400]
+        profile = "--hypothesis-profile=mutants"
+        alive = not tests or passes(folder, "-x", profile, *tests, limit=SECONDS)
+        path.write_text(original)
+        place = f"{path.relative_to(folder)}:{line}: {change}"
+        survivors += [place] * alive
+        print(f"{number}/{len(sample)}", "ALIVE" if alive else "dead", place, flush=True)
+    print(f"{len(sample) - len(survivors)} of {len(sample)} mutants of {len(everything)} died")
+    print(*survivors, sep="\n")
+    sys.exit(len(survivors) > (1 - ENOUGH) * len(sample))
 
 
 if __name__ == "__main__":

@@ -168,14 +168,12 @@ def assert_same_outputs(found, expected):
         torch.testing.assert_close(found(images()), expected(images()), rtol=0, atol=0)
 
 
-def row_of(model, scale=0.5, finer_level=False, input_scale=1, max_objects=150, **changes):
+def row_of(model, scale=0.5, finer_level=False, input_scale=1, max_objects=150):
     """A row of `compare_anchors` for this detector; what a row shows is left out."""
     shown = {"anchor_sizes": (), "reached": 1.0, "cost": 1.0, "different_anchors": ()}
-    anchors, sizes = start_of(model)
-    starts = {"own_anchors": anchors, "own_input": sizes, **changes}
-    return AnchorFit(
-        scale, finer_level, input_scale, max_objects=max_objects, estimate=None, **shown, **starts
-    )
+    start = dict(zip(("own_anchors", "own_input"), start_of(model), strict=True))
+    fit = {"finer_level": finer_level, "input_scale": input_scale, "max_objects": max_objects}
+    return AnchorFit(scale, estimate=None, **fit, **shown, **start)
 
 
 # Anchors
@@ -187,11 +185,8 @@ def test_halved_and_doubled_anchors_are_the_first(name):
     generator = generator_of(model)
     parts = dict(model.named_modules())
     parameters = dict(model.named_parameters())
-    first, sizes, radius = (
-        cells_of(model),
-        generator.sizes,
-        getattr(model, "center_sampling_radius", 0),
-    )
+    first, sizes = cells_of(model), generator.sizes
+    radius = getattr(model, "center_sampling_radius", 0)
     others = pickle.dumps([model.transform, vars(generator)["aspect_ratios"]])
 
     assert adapt_detector(model, 0.5) is model
@@ -219,7 +214,7 @@ def without_head():
     return model
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     scale=st.floats(0.25, 4).map(lambda scale: float(f"{scale:.3g}")),
     sizes=st.lists(st.integers(16, 600) | st.floats(16, 600, width=32), min_size=1, max_size=3),
@@ -241,7 +236,7 @@ def test_a_scale_and_its_inverse_give_the_first_anchors(scale, sizes, ratios, as
 
 
 def handmade(dtype=torch.float32):
-    """Cells off the origin, not whole, of which two on the finest level are equal."""
+    """Cells off the origin, and not whole."""
     generator = torch.Generator().manual_seed(0)
     corner = 4 * torch.rand(4, 1, 2, generator=generator) - 12
     cells = torch.cat([corner, corner + 9 + 20 * torch.rand(4, 1, 2, generator=generator)], -1)
@@ -372,8 +367,6 @@ def test_adapted_predicts_as_if_built_so(build, used):
     assert_same_outputs(model, built)
     names = {tuple(m.featmap_names) for m in model.modules() if isinstance(m, MultiScaleRoIAlign)}
     assert names == ({("0", "1", "2", "3")} if build in RCNNS else set())
-    with torch.no_grad():
-        torch.testing.assert_close(maps_of(model, torch.ones(1, 3, 64, 64))[0][1].shape[2], 16)
 
 
 @pytest.mark.parametrize("build", RCNNS)
@@ -381,12 +374,14 @@ def test_every_map_that_was_pooled_is_and_the_new_one(build):
     """Maps with names of their own, of which box, mask and keypoint pools take two."""
     model = make(build, backbone=make_backbone(names=["fine", "middle", "coarse"]))
     pools = [part for part in model.modules() if isinstance(part, MultiScaleRoIAlign)]
-    for pool in pools:
-        pool.featmap_names = ["fine", "middle"]
-    adapt_detector(model, 1, finer_level=True)
-    assert [name for name, _ in maps_of(model.eval(), torch.rand(1, 3, 64, 64))] == [
-        *("block2", "fine", "middle", "coarse", "pool")
-    ]
+    for keywords in ({}, {"input_scale": 2}, {"finer_level": True}):
+        for pool in pools:
+            pool.featmap_names = ["fine", "middle"]
+            pool.scales, pool.map_levels = [1 / 8, 1 / 16], "of another input"
+        adapt_detector(model, 1, **keywords)
+        assert {(pool.scales, pool.map_levels) for pool in pools} == {(None, None)}
+    names = [name for name, _ in maps_of(model.eval(), torch.rand(1, 3, 64, 64))]
+    assert names == ["block2", "fine", "middle", "coarse", "pool"]
     assert [pool.featmap_names for pool in pools] == [["block2", "fine", "middle"]] * len(pools)
     assert len(pools) == 1 + (build is not make_rcnn)
 
@@ -405,9 +400,8 @@ def test_tiny_retinanet_gets_a_finer_level():
     sizes = [16, 32, 64, 128]
     model = tiny_retinanet(small_backbone(layers=3), weights_backbone=None, anchor_sizes=sizes)
     adapt_detector(model, 1, finer_level=True, max_objects=150)
-    assert [name for name, _ in maps_of(model, torch.rand(1, 3, 64, 64))] == [
-        *("layer1", "map0", "map1", "map2", "pool")
-    ]
+    names = [name for name, _ in maps_of(model, torch.rand(1, 3, 64, 64))]
+    assert names == ["layer1", "map0", "map1", "map2", "pool"]
     sum(model(*make_batch()).values()).backward()
     assert model.backbone.fpn.layer_blocks[0][0].weight.grad.any()
     assert (model.detections_per_img, model.topk_candidates) == (200, 1000)
@@ -417,7 +411,7 @@ def test_tiny_retinanet_gets_a_finer_level():
 
 
 @pytest.mark.parametrize(("training", "frozen"), [(True, False), (False, True)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @pytest.mark.parametrize("norm", NORMS)
 def test_new_blocks_are_like_their_neighbours(norm, dtype, frozen, training):
     layer = NORMS[norm]
@@ -549,14 +543,12 @@ def test_fcos_predicts_the_same_boxes_with_its_last_convolution_divided(scale):
 @pytest.mark.parametrize("finer_level", [True, False])
 @pytest.mark.parametrize("scale", [0.5, 2])
 def test_fcos_keeps_its_radius_in_pixels_and_its_ranges_follow(scale, finer_level):
-    """Which distances from a box's centre, and which boxes, a level takes in torchvision's loss."""
+    """In torchvision's loss a level's boxes are 4 to 8 times its anchors' size."""
     model = adapt_detector(make(make_fcos), scale, finer_level=finer_level)
-    sizes = [16 * scale * 2**i for i in range(-finer_level, 5)]
-    cells = [torch.tensor(level) for level in cells_of(model)]
-    assert [float(level[0, 2] - level[0, 0]) for level in cells] == sizes
-    # In torchvision the ranges are 4 to 8 times the size of an anchor.
-    radii = [model.center_sampling_radius * size for size in sizes]
-    assert radii == [1.5 * 16 * 2**i for i in range(-finer_level, 5)]
+    sizes = [16 * 2**i for i in range(-finer_level, 5)]
+    found = [level[0][2] - level[0][0] for level in cells_of(model)]
+    assert found == [size * scale for size in sizes]
+    assert [model.center_sampling_radius * size for size in found] == [1.5 * s for s in sizes]
 
 
 # Input and caps
@@ -817,7 +809,7 @@ VALUE_ERRORS = {
     f"{BLOCKS} a Identity there": call(
         lambda: with_block(nn.Sequential(nn.Identity(), nn.Conv2d(8, OUT, 1))), 1, finer_level=True
     ),
-    "finer_level: expected feature maps for 6 levels of anchors, found 5 (0, 1, 2, p6, p7)": call(
+    "finer_level: expected feature maps for 6 levels of anchors, found 5 (1, 2, 3, p6, p7)": call(
         lambda: with_class("backbone", LastFive), 1, finer_level=True
     ),
     "finer_level: expected a backbone that makes feature maps for 6 levels of anchors, found "
@@ -855,29 +847,34 @@ def test_what_mobilenet_cannot_have_is_said():
         adapt_detector(on_meta("fasterrcnn_resnet50_fpn"), 1, finer_level=True)
 
 
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_wrapped_and_scripted_detectors_are_refused(tmp_path):
-    def refused(model, name):
-        before = pickle.dumps(model) if name.startswith("D") else b""
+    def refused(name, wrap):
+        model = make()
         message = (
             rf"expected a module without wrapper, found a {name} .*; adapt before wrapping or s"
         )
         with pytest.raises(TypeError, match=message):
-            adapt_detector(model, 0.5)
-        assert before == (pickle.dumps(model) if before else b"")
+            adapt_detector(wrap(model), 0.5)
+        assert generator_of(model).sizes[0] == (16,)
 
+    def with_scripted_part(model):
+        model.backbone.fpn = torch.jit.script(model.backbone.fpn)
+        return model
+
+    refused("ScriptModule", with_scripted_part)
     dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        refused(DistributedDataParallel(make()), "DistributedDataParallel")
+        refused("DistributedDataParallel", DistributedDataParallel)
         if not torch.__version__.startswith("2.6."):  # FSDP2 of old torch knows no CPU
-            refused(fully_shard(make(), mesh=init_device_mesh("cpu", (1,))), "FSDPModule")
-            sharded = FullyShardedDataParallel(make(), device_id=torch.device("cpu"))
-            refused(sharded, "FullyShardedDataParallel")
+            mesh = init_device_mesh("cpu", (1,))
+            refused("FSDPModule", lambda model: fully_shard(model, mesh=mesh))
+            cpu = torch.device("cpu")
+            refused(
+                "FullyShardedDataParallel",
+                lambda model: FullyShardedDataParallel(model, device_id=cpu),
+            )
     finally:
         dist.destroy_process_group()
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_scripted_detectors_are_refused():
-    with pytest.raises(TypeError, match=r"found a ScriptModule .*; adapt before wrapping or scri"):
-        adapt_detector(torch.jit.script(make()), 0.5)

@@ -1,6 +1,6 @@
-"""The main job from end to end on a small scale (extra `demo`)."""
+"""What adapting and fusion factors give, shown in a few minutes (extra `demo`)."""
 
 from alphafpn.demo.run import run_demo
-from alphafpn.demo.training import BASELINE, ESTIMATED, MEASURE, Settings
+from alphafpn.demo.training import MEASURE, Settings
 
-__all__ = ["BASELINE", "ESTIMATED", "MEASURE", "Settings", "run_demo"]
+__all__ = ["MEASURE", "Settings", "run_demo"]

@@ -1,63 +1,56 @@
-"""A small detector for scenes: a RetinaNet of P2-P6 on a residual network."""
+"""A small RetinaNet with levels and anchors as coarse as torchvision's."""
 
 from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.resnet import BasicBlock
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from alphafpn.demo.scenes import SIDE
 from alphafpn.tiny import tiny_retinanet
 
 CHANNELS = 32
-MEAN, DEVIATION = 0.45, 0.25  # of pixels from 0 to 1, in all channels
-Levels: TypeAlias = tuple[tuple[float, ...], ...]
-# Sizes of anchors by level; drawn figures are so alike that one shape does.
-DRAWN_SIZES: Levels = tuple((size, size * 2**0.5) for size in (6.0, 12.0, 24.0, 48.0, 96.0))
-DRAWN_RATIOS = (1.6,)
-_WIDTHS = (16, 16, 32, 64, 96)
+_WIDTHS = (16, 16, 32, 64, 96)  # of C1 to C5
+_SIZES = (32, 64, 128, 256)  # of the anchors of P3 to P6, in pixels
+_RATIOS = (0.5, 1.0, 2.0)
+_MEAN, _DEVIATION = 0.45, 0.25  # of pixels from 0 to 1, in all channels
 
 
-def body() -> nn.Sequential:
-    """Makes the residual network: C2 to C5 at strides 4 to 32."""
+def detector() -> Any:
+    """Makes a RetinaNet of P3 to P6 with anchors from 32 px, for scenes at their own size.
+
+    Its body is a residual network of 5 blocks, without pretrained weights. Each part of the head
+    has one convolution instead of four. The losses are those of `tiny_retinanet`, which do not
+    depend on how the objects are spread over the images of a batch.
+    """
+    levels = {f"c{i}": str(i - 3) for i in range(3, 6)}
+    model = tiny_retinanet(
+        BackboneWithFPN(_body(), levels, list(_WIDTHS[2:]), CHANNELS, LastLevelMaxPool()),
+        anchor_sizes=_SIZES,
+        aspect_ratios=_RATIOS,
+        min_size=SIDE,
+        max_size=SIDE,
+        image_mean=[_MEAN] * 3,
+        image_std=[_DEVIATION] * 3,
+    )
+    for part in (model.head.classification_head, model.head.regression_head):
+        part.conv = part.conv[:1]
+        # torchvision's start is made for pretrained maps: these gradients would be too small.
+        nn.init.kaiming_normal_(part.conv[0][0].weight, nonlinearity="relu")
+    return model.to(memory_format=torch.channels_last)
+
+
+def _body() -> nn.Sequential:
+    """Makes the residual network: C1 to C5 at strides 2 to 32."""
     stem = nn.Conv2d(3, _WIDTHS[0], 3, 2, 1, bias=False)
     stages = [nn.Sequential(stem, nn.BatchNorm2d(_WIDTHS[0]), nn.ReLU())]
     for before, width in itertools.pairwise(_WIDTHS):
         shortcut = nn.Sequential(nn.Conv2d(before, width, 1, 2, bias=False), nn.BatchNorm2d(width))
         stages.append(BasicBlock(before, width, 2, shortcut))
     return nn.Sequential(OrderedDict((f"c{i}", stage) for i, stage in enumerate(stages, 1)))
-
-
-class _Backbone(BackboneWithFPN):  # type: ignore[misc]
-    """Modifications: a convolution and a ReLU follow each map, for both parts of the head."""
-
-    def __init__(self) -> None:
-        names = {f"c{i}": str(i) for i in range(2, 6)}
-        super().__init__(body(), names, list(_WIDTHS[1:]), CHANNELS)
-        convolution = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
-        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-        self.trunk = nn.Sequential(convolution, nn.ReLU())
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {name: self.trunk(level) for name, level in super().forward(x).items()}
-
-
-def detector(sizes: Levels, ratios: tuple[float, ...], classes: int = 1) -> Any:
-    """Makes the detector in training mode; one convolution serves both outputs of its head.
-
-    Args:
-        sizes: Of the anchors in pixels, by level.
-        ratios: Height over width of the anchors.
-        classes: How many, without the background.
-    """
-    model = tiny_retinanet(
-        _Backbone(), num_classes=classes + 1, anchor_sizes=sizes, aspect_ratios=ratios
-    )
-    model.head.classification_head.conv = nn.Sequential()
-    model.head.regression_head.conv = nn.Sequential()
-    model.transform.image_mean, model.transform.image_std = [MEAN] * 3, [DEVIATION] * 3
-    return model.to(memory_format=torch.channels_last)

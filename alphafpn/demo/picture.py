@@ -1,91 +1,67 @@
-"""The demo's picture: scenes with detections, objects per level, results, and what they say."""
+"""The demo's picture: detections as it is and adapted, boxes reached by size, results by row."""
 
 from __future__ import annotations
 
 import io
-import itertools
-import textwrap
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from torch import Tensor
+from numpy.typing import NDArray
 
-from alphafpn.demo.findings import Results
+from alphafpn.comparison import AnchorComparison
 from alphafpn.demo.scenes import Scene
-from alphafpn.demo.training import BASELINE, ESTIMATED, MEASURE, Detections
-from alphafpn.estimate import AlphaEstimate
+from alphafpn.demo.training import CONFIDENT, MEASURE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Results: TypeAlias = dict[str, list[dict[str, Any]]]  # a row's entries, one for each seed
+
 _OBJECTS, _FOUND = "#56b4e9", "#ffa500"
-_CONFIDENT = 0.3
-_WIDTH = 165  # of the text below, in characters
 
 
 def draw_picture(
-    scenes: Sequence[Scene],
-    found: dict[str, Detections],
-    estimate: AlphaEstimate,
+    scene: Scene,
+    found: dict[str, NDArray[np.float32]],
+    comparison: AnchorComparison,
     results: dict[str, Results],
-    words: Sequence[str],
 ) -> bytes:
     """Draws a PNG.
 
     Args:
-        scenes: To be judged on. One with objects and, where there is any, one without are shown.
-        found: Detections in them by row, of `BASELINE` and `ESTIMATED`.
-        estimate: Of the scenes to train on.
-        results: What is drawn side by side, by title.
-        words: Sentences below all.
+        scene: One to evaluate on.
+        found: Detections in it by row, xyxy [N, 4].
+        comparison: Of the scenes to train on.
+        results: By family.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 9.5), layout="constrained")
+    figure = Figure(figsize=(12, 9), layout="constrained")
     FigureCanvasAgg(figure)
-    lines = [line for sentence in words for line in textwrap.wrap(sentence, _WIDTH)]
-    heights = (10, 10, 0.6 * len(lines))
-    parts: Any = figure.subfigures(3, 1, height_ratios=heights)
-    scene_part, result_part, text_part = parts
-    places = list(itertools.product(_examples(scenes), (BASELINE, ESTIMATED)))
-    above = scene_part.subplots(1, len(places))
-    for axes, (index, row) in zip(above, places, strict=True):
-        _draw_scene(axes, scenes[index], found[row][index])
-        axes.set_title(f"{row}: {len(scenes[index].boxes)} objects", fontsize=10)
-    scene_part.suptitle(
-        f"scenes kept for evaluation: objects blue, detections above {_CONFIDENT:g} orange",
-        fontsize=10,
-    )
-    levels, *others = result_part.subplots(
-        1, 1 + len(results), width_ratios=[1.5, *(1 for _ in results)]
-    )
-    estimate.plot(levels)
-    levels.set_title("what S-alpha is estimated from", fontsize=10)
-    for axes, (title, part) in zip(others, results.items(), strict=True):
+    parts: Any = figure.subfigures(2, 1, height_ratios=(5, 4))
+    above, below = parts
+    above.suptitle(f"objects blue, detections with a score above {CONFIDENT:g} orange")
+    places = above.subplots(1, len(found))
+    for axes, (row, boxes) in zip(places, found.items(), strict=True):
+        _draw_scene(axes, scene, boxes)
+        axes.set_title(f"{row}: {len(scene.boxes)} objects, {len(boxes)} detections", fontsize=10)
+    reached, *others = below.subplots(1, 1 + len(results))
+    comparison.plot(reached)
+    for axes, (name, part) in zip(others, results.items(), strict=True):
         _draw_results(axes, part)
+        title = "what decides is far away" if name == "far" else f"{MEASURE} by row"
         axes.set_title(title, fontsize=10)
-    text_part.text(0.01, 0.98, "\n".join(lines), fontsize=9, va="top")
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     return png.getvalue()
 
 
-def _examples(scenes: Sequence[Scene]) -> list[int]:
-    """A scene with about the median number of objects, and the first one without, if any."""
-    counts = np.array([len(scene.boxes) for scene in scenes])
-    order = np.argsort(counts, kind="stable")
-    some = order[counts[order] > 0]
-    return [int(some[len(some) // 2]), *np.flatnonzero(counts == 0)[:1].tolist()]
-
-
-def _draw_scene(axes: Axes, scene: Scene, found: dict[str, Tensor]) -> None:
+def _draw_scene(axes: Axes, scene: Scene, found: NDArray[np.float32]) -> None:
     from matplotlib.patches import Rectangle
 
-    axes.imshow(scene.pixels.permute(1, 2, 0).numpy())
-    confident = found["boxes"][found["scores"] > _CONFIDENT]
-    for boxes, colour in ((scene.boxes, _OBJECTS), (confident, _FOUND)):
+    axes.imshow(scene.pixels)
+    for boxes, colour in ((scene.boxes, _OBJECTS), (found, _FOUND)):
         for x1, y1, x2, y2 in boxes.tolist():
             outline = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour)
             axes.add_patch(outline)
@@ -93,13 +69,13 @@ def _draw_scene(axes: Axes, scene: Scene, found: dict[str, Tensor]) -> None:
 
 
 def _draw_results(axes: Axes, results: Results) -> None:
-    """A place for each row, a colour for each seed."""
+    """Draws a line for each row and a colour for each seed."""
     for runs in zip(*results.values(), strict=True):
         values = [100 * run[MEASURE] for run in runs]
         axes.plot(values, range(len(values)), "o", alpha=0.7, label=f"seed {runs[0]['seed']}")
     axes.set_yticks(range(len(results)), list(results))
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel(f"{MEASURE}, points")
+    axes.set_xlabel(f"{MEASURE} in percent")
     axes.legend(fontsize=8, loc="lower left")
     axes.grid(alpha=0.3)

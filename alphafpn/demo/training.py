@@ -1,144 +1,135 @@
-"""How the demo's detectors are trained, run and evaluated."""
+"""One run of the demo: a row's detector is trained and evaluated."""
 
 from __future__ import annotations
 
 import itertools
-import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from alphafpn.demo.detector import Levels, detector
-from alphafpn.demo.scenes import Scene
+from alphafpn.adapt import AnchorFit, adapt_detector
+from alphafpn.demo.detector import detector
+from alphafpn.demo.scenes import SIDE, Scene
 from alphafpn.pyramid import Alpha
 from alphafpn.surgery import fold_alpha, patch_detector
 from alphafpn.tiny import evaluate_tiny
 
-Detections: TypeAlias = list[dict[str, Tensor]]
-
-MEASURE = "AP50_tiny"
-BASELINE, ESTIMATED, NONE, FIRST = "alpha = 1", "S-alpha", "alpha = 0", "first function"
-ROWS = (BASELINE, ESTIMATED, "alpha = 0.5", NONE, FIRST)
-_CLIP = 5.0
+MEASURE, FOLDED = "AP50_tiny", "AP50_tiny_folded"
+STOCK, ADAPTED, HALF, ESTIMATED = "stock", "adapted", "alpha = 0.5", "S-alpha"
+NONE, FIRST = "alpha = 0", "first function"
+ROWS = (STOCK, ADAPTED, HALF, ESTIMATED, NONE, FIRST)
+FAR_ROWS = (ADAPTED, HALF, ESTIMATED, FIRST)
+CONFIDENT = 0.3
+_BATCH, _RATE, _CLIP = 4, 6e-3, 5.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much the demo does; by default, a few minutes' work for two cores.
+    """How much the demo does; by default a few minutes' work for two cores.
 
     Attributes:
         train: Scenes to train on.
         val: Scenes to evaluate on.
         steps: Of the optimizer in each training.
-        batch: Scenes per step.
-        learning_rate: The highest, after a tenth of the steps.
         seeds: For each, one training of each row.
-        processes: Trainings side by side, each on one thread.
+        processes: Trainings that run at the same time, each on one thread.
     """
 
-    train: int = 320
-    val: int = 160
-    steps: int = 400
-    batch: int = 4
-    learning_rate: float = 6e-3
+    train: int = 240
+    val: int = 100
+    steps: int = 250
     seeds: tuple[int, ...] = (0, 1)
     processes: int = 2
 
 
 @dataclass(frozen=True)
 class Task:
-    """What detectors are trained on and judged on.
+    """What detectors are trained and evaluated on.
 
     Attributes:
         train: Scenes to train on.
         val: Scenes to evaluate on.
-        truth: COCO data set of `val`.
-        sizes: Of the anchors in pixels, by level.
-        ratios: Height over width of the anchors.
-        s_alpha: Factors estimated from `train`.
+        fit: How to adapt the detector.
     """
 
     train: list[Scene]
     val: list[Scene]
-    truth: dict[str, Any]
-    sizes: Levels
-    ratios: tuple[float, ...]
-    s_alpha: list[float]
+    fit: AnchorFit
 
-
-class Training(NamedTuple):
-    """One training: of a row, on a task, from a seed."""
-
-    task: str
-    row: str
-    seed: int
+    @property
+    def shown(self) -> int:
+        """Returns the place of a scene to show: with the median number of objects, at least one."""
+        some = [i for i, scene in enumerate(self.val) if len(scene.boxes)]
+        return sorted(some, key=lambda i: len(self.val[i].boxes))[len(some) // 2]
 
 
 class Trained(NamedTuple):
-    """What came of it.
+    """What a run gives; no tensor is in it, since processes would share them as open files.
 
     Attributes:
-        figures: Of the evaluation.
-        last_loss: Mean of the last ten; None where training diverged.
-        found: Detections in the scenes to evaluate on.
-        weights: State dict.
-        cpu_seconds: What it took.
+        entry: Of the results.
+        found: Confident detections in the scene to show, xyxy [N, 4].
     """
 
-    figures: dict[str, float]
-    last_loss: float | None
-    found: Detections
-    weights: dict[str, Tensor]
-    cpu_seconds: float
+    entry: dict[str, Any]
+    found: NDArray[np.float32]
 
 
-def train_and_evaluate(tasks: dict[str, Task], settings: Settings, training: Training) -> Trained:
-    """Trains a detector and evaluates it."""
-    began = time.process_time()
-    task = tasks[training.task]
-    model, loss = train_detector(task, training.row, training.seed, settings)
-    found = detect(model, as_images(task.val))
-    return Trained(
-        evaluate(task.truth, found),
-        loss if math.isfinite(loss) else None,
-        found,
-        model.state_dict(),
-        time.process_time() - began,
-    )
-
-
-def start_of(task: Task, row: str) -> Any:
-    """A new detector with the factors and the first function of a row."""
-    model = detector(task.sizes, task.ratios)
-    factors: dict[str, Alpha] = {ESTIMATED: task.s_alpha, "alpha = 0.5": 0.5, NONE: 0.0}
-    if row == FIRST:
-        fold_alpha(patch_detector(model, task.s_alpha))
-    return patch_detector(model, factors.get(row, 1.0))
-
-
-def train_detector(task: Task, row: str, seed: int, settings: Settings) -> tuple[nn.Module, float]:
-    """Trains a new detector; returns it in eval mode, with the mean of its last ten losses."""
+def run(task: Task, row: str, seed: int, steps: int) -> Trained:
+    """Trains a row's detector from a seed and evaluates it."""
     torch.manual_seed(seed)
-    model = start_of(task, row)
+    model = start(row, task.fit)
+    loss = train(model, task.train, steps, seed)
+    found = detect(model, task.val)
+    entry = {"seed": seed, **evaluate(task.val, found), "loss": loss}
+    if row == ESTIMATED:
+        folded = detect(fold_alpha(model), task.val)
+        entry[FOLDED] = evaluate(task.val, folded)[MEASURE]
+    shown = found[task.shown]
+    return Trained(entry, shown["boxes"][shown["scores"] > CONFIDENT].numpy())
+
+
+def start(row: str, fit: AnchorFit) -> Any:
+    """Makes a row's detector; the weights of all rows are the same for the same random state.
+
+    `first function` is the exception: it has factors of 1, and weights with which it starts from
+    the outputs of `S-alpha`.
+    """
+    model = detector()
+    if row == STOCK:
+        return model
+    adapt_detector(model, fit)
+    alpha = list(fit.estimate)
+    if row == FIRST:
+        return fold_alpha(patch_detector(model, alpha))
+    factors: dict[str, Alpha] = {ADAPTED: 1.0, HALF: 0.5, ESTIMATED: alpha, NONE: 0.0}
+    return patch_detector(model, factors[row])
+
+
+def train(model: nn.Module, scenes: Sequence[Scene], steps: int, seed: int) -> float | None:
+    """Trains a detector; returns the mean of its last ten losses, None if they are not finite."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
-        settings.learning_rate,
-        total_steps=settings.steps + 1,
+        _RATE,  # the highest, after a tenth of the steps
+        total_steps=steps + 1,
         pct_start=0.1,
         cycle_momentum=False,
     )
-    scenes = [*task.train, *(scene.mirrored() for scene in task.train)]
+    both = [*scenes, *(scene.mirrored() for scene in scenes)]
     losses = []
-    batches = rows(len(task.train), settings.batch, seed)
-    for batch in itertools.islice(batches, settings.steps):
-        chosen = [scenes[row] for row in batch]
-        targets = [{"boxes": scene.boxes, "labels": scene.labels} for scene in chosen]
+    model.train()
+    for batch in itertools.islice(rows(len(scenes), _BATCH, seed), steps):
+        chosen = [both[i] for i in batch]
+        targets = [
+            {"boxes": torch.from_numpy(scene.boxes), "labels": torch.ones(len(scene.boxes)).long()}
+            for scene in chosen
+        ]
         loss = sum(model(as_images(chosen), targets).values())
         losses.append(loss.item())
         optimizer.zero_grad()
@@ -146,13 +137,15 @@ def train_detector(task: Task, row: str, seed: int, settings: Settings) -> tuple
         nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
         optimizer.step()
         schedule.step()
-    return model.eval(), float(np.mean(losses[-10:]))
+    mean = float(np.mean(losses[-10:]))
+    return mean if np.isfinite(mean) else None
 
 
 def rows(count: int, batch: int, seed: int) -> Iterator[list[int]]:
-    """Rows of each step's images, of `count` and as many mirrored ones that follow them.
+    """Yields the images of each step, of `count` and as many mirrored ones that follow them.
 
-    Every image is seen once before any is twice, mirrored at random; the same for the same seed.
+    Every image is seen once before any is seen twice, mirrored at random; the same for the same
+    seed.
     """
     rng = np.random.default_rng(seed)
     order: list[int] = []
@@ -164,24 +157,50 @@ def rows(count: int, batch: int, seed: int) -> Iterator[list[int]]:
 
 
 def as_images(scenes: Sequence[Scene]) -> list[Tensor]:
-    """The scenes as a detector takes them: float32 [3, H, W] from 0 to 1."""
-    return [scene.pixels / 255 for scene in scenes]
+    """Returns the scenes as a detector takes them: float32 [3, H, W] from 0 to 1."""
+    return [torch.from_numpy(scene.pixels).permute(2, 0, 1) / 255 for scene in scenes]
 
 
 @torch.no_grad()
-def detect(model: nn.Module, images: Sequence[Tensor], batch: int = 16) -> Detections:
-    """Runs a detector on images: boxes, labels and scores for each."""
-    return [
-        found
-        for first in range(0, len(images), batch)
-        for found in model(list(images[first : first + batch]))
+def detect(model: nn.Module, scenes: Sequence[Scene], batch: int = 16) -> list[dict[str, Tensor]]:
+    """Returns the detections in each scene: boxes, labels and scores."""
+    model.eval()
+    starts = range(0, len(scenes), batch)
+    return [found for i in starts for found in model(as_images(scenes[i : i + batch]))]
+
+
+def evaluate(scenes: Sequence[Scene], found: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """Evaluates the detections in scenes: figures from 0 to 1, -1 if there are no such objects."""
+    figures = evaluate_tiny(as_coco(scenes), as_results(found))
+    return {name: figures[name] for name in (MEASURE, "AP50_all")}
+
+
+def as_coco(scenes: Sequence[Scene]) -> dict[str, Any]:
+    """Returns the COCO data set of scenes; an image's id is its place."""
+    objects = [
+        (i, box) for i, scene in enumerate(scenes) for box in scene.boxes.astype(float).tolist()
     ]
+    return {
+        "images": [{"id": i, "width": SIDE, "height": SIDE} for i in range(len(scenes))],
+        "annotations": [
+            {
+                "id": k,
+                "image_id": i,
+                "category_id": 1,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": (x2 - x1) * (y2 - y1),
+                "iscrowd": 0,
+            }
+            for k, (i, (x1, y1, x2, y2)) in enumerate(objects, 1)
+        ],
+        "categories": [{"id": 1, "name": "object"}],
+    }
 
 
-def as_results(found: Detections) -> list[dict[str, Any]]:
-    """Detections as COCO results; an image's id is its place.
+def as_results(detections: Sequence[dict[str, Tensor]]) -> list[dict[str, Any]]:
+    """Returns the detections in each image as COCO results; an image's id is its place.
 
-    Class 0 is the background, which a detector finds only where its training went wrong.
+    Class 0 is the background, which a detector finds only if its training went wrong.
     """
     return [
         {
@@ -190,15 +209,9 @@ def as_results(found: Detections) -> list[dict[str, Any]]:
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "score": score,
         }
-        for index, entry in enumerate(found)
+        for index, found in enumerate(detections)
         for (x1, y1, x2, y2), score, label in zip(
-            *(entry[name].tolist() for name in ("boxes", "scores", "labels")), strict=True
+            *(found[name].tolist() for name in ("boxes", "scores", "labels")), strict=True
         )
         if label > 0
     ]
-
-
-def evaluate(truth: dict[str, Any], found: Detections) -> dict[str, float]:
-    """Evaluates detections against a COCO data set of the scenes."""
-    figures = evaluate_tiny(truth, as_results(found))
-    return {name: figures[name] for name in (MEASURE, "AP25_tiny", "AP50_all", "MR50_tiny")}

@@ -63,6 +63,7 @@ class AlphaEstimate(Sequence[float]):
         ValueError: If the attributes do not fit together; the message names one.
 
     Examples:
+        >>> import torch
         >>> from alphafpn import AnchorLayout, estimate_alpha
         >>> cell = torch.tensor([[-8.0, -8.0, 8.0, 8.0]])
         >>> layout = AnchorLayout([cell, 2 * cell], [8, 16], [(8, 8), (4, 4)], 2)

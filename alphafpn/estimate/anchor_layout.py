@@ -207,7 +207,7 @@ def check_distinct(anchors: AnchorLayout | Sequence[Tensor], where: str) -> None
     if isinstance(anchors, AnchorLayout):
         # Only cell anchors of equal size can coincide, so most layouts need no anchors.
         cells, names = anchors.cell_anchors, anchors.level_names
-        pairs = [p for p in _pairs(len(cells)) if _same_size(cells[p[0]], cells[p[1]][0])]
+        pairs = [(i, j) for i, j in _pairs(len(cells)) if _same_sizes(cells[i], cells[j])]
         levels: Sequence[Tensor] = anchors.anchors() if pairs else ()
     else:
         levels, names = anchors, tuple(str(i) for i in range(len(anchors)))
@@ -228,10 +228,12 @@ def _pairs(num_levels: int) -> list[tuple[int, int]]:
     return [(i, j) for j in range(num_levels) for i in range(j)]
 
 
-def _same_size(cells: Tensor, cell: Tensor) -> bool:
-    """Whether `cell` [4] is as wide and high as one of `cells` [A, 4], but for rounding."""
-    difference = (cells[:, 2:] - cells[:, :2]) - (cell[2:] - cell[:2])
-    return bool((difference.abs() < 1e-3).all(1).any())
+def _same_sizes(fine: Tensor, coarse: Tensor) -> bool:
+    """Whether each cell anchor of `coarse` [B, 4] is as large as one of `fine` [A, 4]."""
+    sides = [cells[:, 2:] - cells[:, :2] for cells in (fine, coarse)]
+    # But for rounding.
+    close = (sides[0] - sides[1][:, None]).abs() < 1e-3
+    return bool(close.all(2).any(1).all())
 
 
 def _contains(fine: Tensor, coarse: Tensor) -> bool:

@@ -27,7 +27,7 @@ class RangeMatcher:
     def __init__(self, sizes: Sequence[float], device: torch.device) -> None:
         self.sizes, self.device = sizes, device
 
-    def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def match(self, boxes: Tensor, layout_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Matcher.match`; there is no IoU, so it is 0."""
         half = (boxes[:, 2:] - boxes[:, :2]).amax(1) / 2
         level = torch.full((len(boxes),), len(self.sizes), device=self.device)
@@ -107,22 +107,21 @@ def _owned(
             continue
         stride, grid = strides[layout_index[some], level], grid_sizes[layout_index[some], level]
         origin = (cell[0, :2] + cell[0, 2:]) / 2
-        # Rows and columns of all locations within the radius, with one to spare on each side.
-        first = ((centres[some].flip(1) - reach - origin.flip(0)) / stride).floor() - 1
-        steps = torch.arange(int((2 * reach / stride.min()).ceil()) + 4)
-        index = first.long()[:, None] + steps[:, None]  # [B, steps, 2] as (y, x)
+        # Positions along both axes that may be within the radius, [B, steps, 2] as (y, x).
+        first = ((centres[some].flip(1) - reach - origin.flip(0)) / stride).floor()
+        steps = torch.arange(int((2 * reach / stride.min()).floor()) + 2)
+        index = first.long()[:, None] + steps[:, None]
         # Anchors are a whole number of strides from the cell, added in float32.
-        corner = [(index * stride.long()[:, None]).float() + cell[0, [k + 1, k]] for k in (0, 2)]
-        place = (corner[0] + corner[1]) / 2
-        inside = (index >= 0) & (index < grid[:, None])
-        y, x = place[:, :, None, 0], place[:, None, :, 1]
-        cy, cx = centres[some, 1, None, None], centres[some, 0, None, None]
-        x0, y0, x1, y1 = (side[:, None, None] for side in boxes[some].unbind(1))
-        near = torch.maximum((x - cx).abs(), (y - cy).abs()) < reach
-        distances = torch.stack(torch.broadcast_tensors(x - x0, y - y0, x1 - x, y1 - y))
-        farthest = distances.amax(0)
-        match = near & (distances.amin(0) > 0) & (farthest > low) & (farthest < high)
-        match &= inside[:, :, None, 0] & inside[:, None, :, 1]
+        shift = (index * stride.long()[:, None]).float()
+        place = ((shift + cell[0, [1, 0]]) + (shift + cell[0, [3, 2]])) / 2
+        near = (place - centres[some].flip(1)[:, None]).abs() < reach
+        sides = place - boxes[some][:, None, [1, 0]], boxes[some][:, None, [3, 2]] - place
+        farthest = torch.maximum(*sides)
+        good = near & (torch.minimum(*sides) > 0) & (farthest < high)
+        good &= (index >= 0) & (index < grid[:, None])
+        # A location needs both axes, but the farthest side on one of them.
+        match = good[:, :, None, 0] & good[:, None, :, 1]
+        match &= (farthest > low)[:, :, None, 0] | (farthest > low)[:, None, :, 1]
         box, row, column = match.nonzero().unbind(1)
         span = int(grid_sizes.amax()) + 1
         key = image_index[some[box]]

@@ -6,7 +6,8 @@ of that shape, and the cost depends on the number of cell anchors, not on the nu
 
 The fast pass works in coordinates relative to that position, and its error has a bound. Boxes whose
 two best levels are closer than this bound are matched again from the corners of the anchors, with
-the operations of `torchvision.ops.box_iou`. So rounding never changes the result.
+the operations of `torchvision.ops.box_iou`: so rounding never decides. (Only if anchors far from
+the origin are rounded by more than the levels differ, one beyond the nearest 3 x 3 may be better.)
 """
 
 from __future__ import annotations
@@ -47,8 +48,13 @@ class GridMatcher:
     ) -> None:
         self.dtype, self.device = dtype, device
         self.cells = [cells.to(device) for cells in cell_anchors]
-        # Per level, rows of x stride, y stride, last column and last row; a column per layout.
-        self.grids = [_grids(layouts, i).to(device, dtype) for i in range(len(cell_anchors))]
+        # Per level, x stride, y stride, number of columns and of rows: [4, layouts].
+        like = torch.empty((), dtype=dtype, device=device)
+        grids = [
+            [(*lay.strides[i][::-1], *lay.grid_sizes[i][::-1]) for lay in layouts]
+            for i in range(len(self.cells))
+        ]
+        self.grids = [like.new_tensor(grid).t().contiguous() for grid in grids]
         corners = [cells.to(dtype) for cells in self.cells]
         # High corners, and the negatives of the low ones: so both are bounds from above.
         self.bounds = [torch.cat([c[:, 2:], -c[:, :2]], 1)[:, :, None] for c in corners]
@@ -62,7 +68,7 @@ class GridMatcher:
         # Distances in pixels. Rounding moves a corner by a few `eps * extent`, and may prefer a
         # position to the nearest one that is as much farther away. A level loses no more than the
         # share that this is of its shortest side, on both axes; and two levels are compared.
-        extent = max(float(((grid[2:] + 1) * grid[:2]).max()) for grid in self.grids)
+        extent = max(float((grid[2:] * grid[:2]).max()) for grid in self.grids)
         extent += max(float(bounds.abs().max()) for bounds in self.bounds)
         eps = max(torch.finfo(cells.dtype).eps for cells in self.cells)
         shortest = min((float(side[side > 0].min()) for side in sides if side.any()), default=1.0)
@@ -71,8 +77,7 @@ class GridMatcher:
     def match(self, boxes: Tensor, layout_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Matcher.match`."""
         if layout_index is None:
-            layout_index = torch.zeros((), dtype=torch.int64, device=self.device)
-            layout_index = layout_index.expand(len(boxes))
+            layout_index = torch.zeros(len(boxes), dtype=torch.int64, device=self.device)
         level = torch.empty(len(boxes), dtype=torch.int64, device=self.device)
         iou = torch.empty(len(boxes), dtype=self.dtype, device=self.device)
         doubtful = torch.empty(len(boxes), dtype=torch.bool, device=self.device)
@@ -112,7 +117,7 @@ class GridMatcher:
         if grid.shape[1] > 1:
             grid = grid.index_select(1, layout_index)
         index = ((centre - self.centres[i]) / grid[:2]).round_()
-        shift = torch.minimum(index.clamp_(min=0), grid[2:]).mul_(grid[:2])
+        shift = torch.minimum(index.clamp_(min=0), grid[2:] - 1).mul_(grid[:2])
         # Shapes [A, 2, B] from here. Overlaps may be negative, but not on both axes.
         sides = torch.minimum(corners[:2] - shift, self.bounds[i][:, :2])
         sides += torch.minimum(corners[2:] + shift, self.bounds[i][:, 2:])
@@ -135,7 +140,7 @@ class GridMatcher:
         steps = torch.arange(-1, 2, dtype=self.dtype, device=self.device)[:, None]
         anchors = []
         for d in (0, 1):
-            stride, last = grid[d], grid[2 + d]
+            stride, last = grid[d], grid[2 + d] - 1
             twice = (boxes[:, d] + boxes[:, 2 + d])[:, None, None] - (cells[:, d] + cells[:, 2 + d])
             nearest = (twice / (2 * stride)).round_().clamp_(min=0)
             index = (torch.minimum(nearest, last) + steps).clamp_(min=0)
@@ -145,12 +150,3 @@ class GridMatcher:
         (x1, x2), (y1, y2) = anchors  # [B, 3, A], by steps along one axis
         columns = x1[:, :, None], y1[:, None], x2[:, :, None], y2[:, None]
         return best_of(pair_iou(boxes[:, :, None, None, None].unbind(1), columns))
-
-
-def _grids(layouts: Sequence[AnchorLayout], i: int) -> Tensor:
-    """Returns x stride, y stride, last column and last row of level `i`: [4, layouts]."""
-    rows = [
-        (*layout.strides[i][::-1], *(n - 1 for n in layout.grid_sizes[i][::-1]))
-        for layout in layouts
-    ]
-    return torch.tensor(rows, dtype=torch.float64, device="cpu").t().contiguous()

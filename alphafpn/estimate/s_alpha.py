@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -106,7 +106,7 @@ def estimate_alpha(
         boxes_per_image = torch.tensor([len(b) for b in chosen], dtype=torch.int64, device="cpu")
         blocks = _blocks(chosen, members, name)
         counts = count_levels(matcher, blocks, boxes_per_image, num_levels)
-        estimates.append(counts.estimate(num_fused_levels, clamp, **description))
+        estimates.append(_estimate([counts], num_fused_levels, clamp, **description))
     return functools.reduce(AlphaEstimate.merge, estimates)
 
 
@@ -179,7 +179,8 @@ def estimate_probe(
         for part in parts
     ]
     limit = probe.detections_per_image
-    return functools.reduce(LevelCounts.__add__, counts).estimate(
+    return _estimate(
+        counts,
         probe.num_fused_levels,
         clamp,
         follows_iou=not probe.is_fcos,
@@ -253,58 +254,9 @@ def input_boxes(probe: DetectorProbe, annotations: Annotations, min_size: int | 
     )
 
 
-@dataclass(frozen=True, eq=False)
-class LevelCounts:
-    """The sums over boxes that an `AlphaEstimate` is made of.
-
-    Attributes:
-        per_image: Boxes per image and level, int64 [M, L + 1]; the last column counts boxes that
-            overlap no anchor.
-        histogram: Boxes per level and hundredth of best IoU, int64 [L + 1, 101].
-        size_sum: Sum of sqrt(width * height), in `SIZE_UNIT`, float64.
-        num_sizes: Input sizes that were added.
-    """
-
-    per_image: Tensor
-    histogram: Tensor
-    size_sum: Tensor
-    num_sizes: int = 1
-
-    def __add__(self, other: LevelCounts) -> LevelCounts:
-        """Adds the same images, counted at another input size too."""
-        return LevelCounts(
-            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(LevelCounts))
-        )
-
-    def estimate(
-        self,
-        num_fused_levels: int,
-        clamp: tuple[float, float] | None,
-        *,
-        follows_iou: bool = True,
-        **description: Any,
-    ) -> AlphaEstimate:
-        """Makes the estimate; `description` is what else an `AlphaEstimate` holds."""
-        *counts, num_unmatched = self.per_image.sum(0).tolist()
-        # Products of counts in float64 are exact far beyond any data set.
-        per_image = self.per_image[:, :-1].double()
-        moments = (per_image.t() @ per_image).round().long().tolist()
-        half = (IOU_BINS - 1) // 2
-        reached = self.histogram[:-1, half:].sum(1).tolist()
-        return AlphaEstimate(
-            counts=tuple(counts),
-            moments=tuple(tuple(row) for row in moments),
-            num_fused_levels=num_fused_levels,
-            num_images=len(per_image),
-            num_boxes=(sum(counts) + num_unmatched) // self.num_sizes,
-            num_unmatched=num_unmatched,
-            num_sizes=self.num_sizes,
-            clamp=clamp,
-            iou_histogram=tuple(self.histogram.sum(0).tolist()) if follows_iou else None,
-            reached=tuple(reached) if follows_iou else (),
-            size_sum=int(self.size_sum),
-            **description,
-        )
+# Boxes per image and level, int64 [M, L + 1], and last those without any anchor; boxes per level
+# and hundredth of best IoU, int64 [L + 1, 101]; sum of sqrt(width * height) in `SIZE_UNIT`.
+Counts = tuple[Tensor, Tensor, Tensor]
 
 
 def count_levels(
@@ -313,8 +265,8 @@ def count_levels(
     boxes_per_image: Tensor,
     num_levels: int,
     layout_index: Tensor | None = None,
-) -> LevelCounts:
-    """Matches boxes and adds them up, block by block.
+) -> Counts:
+    """Matches boxes and counts them, block by block.
 
     Args:
         matcher: Of the anchors; None if there are no boxes.
@@ -348,7 +300,38 @@ def count_levels(
         histogram += found.view_as(histogram)
         area = (block[:, 2] - block[:, 0]) * (block[:, 3] - block[:, 1])
         size_sum += (area.sqrt_() / SIZE_UNIT).round_().sum(dtype=torch.float64)
-    return LevelCounts(per_image, histogram, size_sum)
+    return per_image, histogram, size_sum
+
+
+def _estimate(
+    counts: Sequence[Counts],
+    num_fused_levels: int,
+    clamp: tuple[float, float] | None,
+    *,
+    follows_iou: bool = True,
+    **description: Any,
+) -> AlphaEstimate:
+    """Adds up the counts of the same images at several sizes; `description` is all else."""
+    per_image, histogram, size_sum = (sum(part[1:], part[0]) for part in zip(*counts, strict=True))
+    *level_counts, num_unmatched = per_image.sum(0).tolist()
+    # Products of counts in float64 are exact far beyond any data set.
+    table = per_image[:, :-1].double()
+    moments = (table.t() @ table).round().long().tolist()
+    reached = histogram[:-1, (IOU_BINS - 1) // 2 :].sum(1).tolist()
+    return AlphaEstimate(
+        counts=tuple(level_counts),
+        moments=tuple(tuple(row) for row in moments),
+        num_fused_levels=num_fused_levels,
+        num_images=len(per_image),
+        num_boxes=(sum(level_counts) + num_unmatched) // len(counts),
+        num_unmatched=num_unmatched,
+        num_sizes=len(counts),
+        clamp=clamp,
+        iou_histogram=tuple(histogram.sum(0).tolist()) if follows_iou else None,
+        reached=tuple(reached) if follows_iou else (),
+        size_sum=int(size_sum),
+        **description,
+    )
 
 
 def _blocks(images: Sequence[Tensor], members: Sequence[int], name: str) -> Iterator[Tensor]:
@@ -356,12 +339,14 @@ def _blocks(images: Sequence[Tensor], members: Sequence[int], name: str) -> Iter
     try:
         some: list[Tensor] = []
         count = 0
-        for piece in (piece for boxes in images for piece in boxes.split(BLOCK)):
-            if count + len(piece) > BLOCK:
-                yield check_boxes(torch.cat(some), "")
-                some, count = [], 0
-            some.append(piece)
-            count += len(piece)
+        for boxes in images:
+            # To split each of many small images would take as long as to match their boxes.
+            for piece in boxes.split(BLOCK) if len(boxes) > BLOCK else (boxes,):
+                if count + len(piece) > BLOCK:
+                    yield check_boxes(torch.cat(some), "")
+                    some, count = [], 0
+                some.append(piece)
+                count += len(piece)
         if count:
             yield check_boxes(torch.cat(some), "")
     except ValueError:
@@ -373,10 +358,9 @@ def _blocks(images: Sequence[Tensor], members: Sequence[int], name: str) -> Iter
 def _images(gt_boxes: Any, name: str) -> list[Tensor]:
     """Returns boxes [G, 4] per image, floating, on one device; their values are not checked."""
     if not isinstance(gt_boxes, Iterable) or isinstance(gt_boxes, str | bytes | dict):
-        advice = "; a data set needs a detector: see estimate_alpha_for"
         raise TypeError(
             "gt_boxes: expected a tensor [G, 4], or a sequence of one per image, found "
-            f"{type(gt_boxes).__name__}{advice}"
+            f"{type(gt_boxes).__name__}; a data set needs a detector: see estimate_alpha_for"
         )
     images = [gt_boxes] if isinstance(gt_boxes, Tensor) else list(gt_boxes)
     for i, boxes in enumerate(images):
@@ -415,10 +399,9 @@ def _groups(anchors: Any, num_images: int) -> list[tuple[AnchorLayout | Levels, 
         return [(_checked(anchors, "anchors"), everything)]
     if len(anchors) != num_images:
         raise ValueError(f"anchors: expected {num_images}, one per image, found {len(anchors)}")
-    # By identity. The parts are kept, so that an id stays theirs.
-    parts_of: dict[tuple[int, ...], tuple[Any, ...]] = {}
+    # By identity. `alive` keeps the parts, so that an id stays theirs.
+    alive: list[Any] = []
     groups: dict[tuple[int, ...], tuple[AnchorLayout | Levels, list[int]]] = {}
-    num_levels = 0
     for i, image in enumerate(anchors):
         if not isinstance(image, AnchorLayout | Sequence) or isinstance(image, str | bytes):
             raise TypeError(
@@ -428,15 +411,14 @@ def _groups(anchors: Any, num_images: int) -> list[tuple[AnchorLayout | Levels, 
         parts = (image,) if isinstance(image, AnchorLayout) else tuple(image)
         key = tuple(map(id, parts))
         if key not in groups:
-            parts_of[key] = parts
+            alive.append(parts)
             kind = _checked(image if isinstance(image, AnchorLayout) else parts, f"anchors[{i}]")
-            num_levels = num_levels or len(_tensors(kind))
-            if len(_tensors(kind)) != num_levels:
-                raise ValueError(
-                    f"anchors[{i}]: expected {num_levels} levels, as on the first image, found "
-                    f"{len(_tensors(kind))}"
-                )
             groups[key] = kind, []
+            first, found = (len(_tensors(k)) for k, _ in (next(iter(groups.values())), groups[key]))
+            if first != found:
+                raise ValueError(
+                    f"anchors[{i}]: expected {first} levels, as on the first image, found {found}"
+                )
         groups[key][1].append(i)
     return list(groups.values())
 

@@ -1,4 +1,4 @@
-"""`Matcher`, the contract of all searches, and `SearchMatcher`, for any anchors: every pair."""
+"""`Matcher`, what all matchers do, and `SearchMatcher`, which tries every pair: for any anchors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Box-anchor pairs evaluated at once where pairs are evaluated, and boxes among them.
+# Pairs of box and anchor that are evaluated at once, and boxes among them. On a CPU their
+# temporaries then stay in the cache.
 PAIRS = 1 << 18
 SEARCH_ROWS = 64
 
@@ -18,32 +19,32 @@ class Matcher(Protocol):
 
     device: torch.device
 
-    def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def match(self, boxes: Tensor, layout_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Finds level (int64 [B]) and IoU [B] of the best anchor of each box [B, 4] (xyxy).
 
-        The level is the number of levels where a box overlaps no anchor. `layout` [B] tells which
-        of the matcher's layouts each box lies on.
+        The level is the number of levels if a box overlaps no anchor. `layout_index` [B] tells
+        which of the matcher's layouts each box lies on.
         """
         ...
 
 
 class SearchMatcher:
-    """Finds the exact best level for any anchors: all pairs, in blocks that stay in the cache.
+    """Finds the exact best level for any anchors: evaluates all pairs, block by block.
 
     Args:
         levels: One tensor of anchors [N_l, 4] (xyxy) per level, finest first.
-        dtype: Of the computation; `device` likewise.
+        dtype: Of the computation.
         device: Where the boxes are.
     """
 
     def __init__(self, levels: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> None:
         self.levels = [level.to(device).t().contiguous() for level in levels]
         self.dtype, self.device = dtype, device
-        # Other devices have no such cache and are slow to start: there, half a GiB at once.
+        # Other devices are slow to start a kernel, so they take half a GiB at once.
         more = 1 if device.type == "cpu" else 8
         self.rows, self.pairs = more * SEARCH_ROWS, more**2 * PAIRS
 
-    def match(self, boxes: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def match(self, boxes: Tensor, layout_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Matcher.match`."""
         level = torch.full((len(boxes),), len(self.levels), device=self.device)
         best = torch.zeros(len(boxes), dtype=self.dtype, device=self.device)
@@ -66,8 +67,8 @@ class SearchMatcher:
 def pair_iou(boxes: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
     """Computes the IoU of boxes and anchors given as columns (x1, y1, x2, y2) that broadcast.
 
-    Operation for operation `torchvision.ops.box_iou`, so equal to it in every bit, also where boxes
-    and anchors are of different types.
+    The operations are those of `torchvision.ops.box_iou` in the same order, so the result is equal
+    in every bit, also if boxes and anchors have different types.
     """
     (x1, y1, x2, y2), (ax1, ay1, ax2, ay2) = boxes, anchors
     width = (torch.minimum(x2, ax2) - torch.maximum(x1, ax1)).clamp_(min=0)

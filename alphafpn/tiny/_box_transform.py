@@ -80,15 +80,17 @@ def to_xywh(boxes: tv_tensors.BoundingBoxes | None) -> Tensor:
         return torch.empty(0, 4, dtype=torch.float64)
     if boxes.shape[-1] != 4:
         raise ValueError(
-            f"boxes of format {boxes.format.value}, expected boxes parallel to the axes"
+            f"boxes: expected ones parallel to the axes, found format {boxes.format.value}"
         )
     converted = F.convert_bounding_box_format(boxes, new_format=tv_tensors.BoundingBoxFormat.XYWH)
     plain: Tensor = converted.as_subclass(Tensor).double().cpu()
     good = plain.isfinite().all(1) & (plain[:, 2:] >= 0).all(1)
     if not good.all():
         index = int(good.int().argmin())
-        found = f"boxes[{index}] is {boxes[index].tolist()} ({boxes.format.value})"
-        raise ValueError(f"{found}, expected finite numbers and no negative size")
+        raise ValueError(
+            f"boxes[{index}]: expected finite numbers and no negative size, found "
+            f"{boxes[index].tolist()} ({boxes.format.value})"
+        )
     return plain
 
 
@@ -101,7 +103,8 @@ def _image(sample: Any) -> Any:
         if isinstance(leaf, Tensor) and not isinstance(leaf, tv_tensors.TVTensor)
     ]
     if not images:
-        raise TypeError(f"no image among {[type(leaf).__name__ for leaf in leaves]}, expected one")
+        found = [type(leaf).__name__ for leaf in leaves]
+        raise TypeError(f"sample: expected an image, found {found}")
     return images[0]
 
 
@@ -113,11 +116,11 @@ def _target(node: Any) -> dict[str, Any] | None:
     for child in children:
         if isinstance(child, tv_tensors.BoundingBoxes):
             if not isinstance(node, dict):
-                raise TypeError(f"boxes in a {type(node).__name__}, expected them in a dict")
+                raise TypeError(f"boxes: expected them in a dict, found a {type(node).__name__}")
             return node
     if isinstance(node, Mapping) and "boxes" in node:
         found = type(node["boxes"]).__name__
-        raise TypeError(f"boxes are a {found}, expected torchvision.tv_tensors.BoundingBoxes")
+        raise TypeError(f"boxes: expected torchvision.tv_tensors.BoundingBoxes, found {found}")
     return next((found for found in map(_target, children) if found is not None), None)
 
 

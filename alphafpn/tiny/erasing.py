@@ -1,4 +1,4 @@
-"""Painting over ignored regions, as a transform for `torchvision.transforms.v2`."""
+"""Painting over ignored regions as a transform for `torchvision.transforms.v2`."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from alphafpn.tiny._box_transform import BoxTransform, to_xywh
 
 
 class EraseIgnored(BoxTransform):
-    """Paints over regions that nobody annotated one by one, and drops their boxes.
+    """Paints over regions whose objects are not annotated one by one, and drops their boxes.
 
-    Each region gets its own mean colour, by channel. What no source settles is our choice: a
-    region covers every pixel that its box touches within the image; its colour is that of the image
-    before anything was painted; objects that overlap a region are painted over with it and keep
-    their boxes.
+    Each region gets its own mean colour, by channel. Our choice, since neither paper nor code says
+    it: a region covers every pixel of the image that its box touches; colours are those of the
+    image before anything is painted; objects that overlap a region are painted over and keep their
+    boxes.
 
     The image may be PIL's or a tensor of any dtype. The sample is as for `ScaleMatch`.
 
     Args:
-        keys: Keys of the target with one flag per box; a box with any of them set is a region.
-            Keys that a target does not have are passed over, but one must be there.
+        keys: Keys of the target with one flag per box; a box with any flag set is a region. A
+            target needs at least one of the keys.
         per_box: Further keys of the target with one entry per box, as in `ScaleMatch`.
 
     Raises:
-        TypeError: If a sample has no image, boxes that are no `BoundingBoxes`, or an image with a
-            palette, in which colours have no mean.
-        ValueError: If boxes have none of the flags or not one flag each, or are rotated, inverted
-            or not finite.
+        TypeError: If a sample has no image, if its boxes are not `BoundingBoxes`, or if the image
+            has a palette, whose colours have no mean.
+        ValueError: If the target has none of the keys, or not one flag per box; if boxes are
+            rotated, inverted or not finite.
 
     Examples:
         >>> boxes = [[0, 0, 2, 1], [2, 0, 4, 1]]
@@ -61,12 +61,14 @@ class EraseIgnored(BoxTransform):
         kept = torch.ones(len(found), dtype=torch.bool)
         keys = [key for key in self.keys if key in target]
         if len(found) and not keys:
-            raise ValueError(f"the target has {list(target)}, expected one of {list(self.keys)}")
+            raise ValueError(f"target: expected one of {list(self.keys)}, found {list(target)}")
         for key in keys:
             flags = torch.as_tensor(target[key], dtype=torch.bool, device="cpu")
             if flags.shape != kept.shape:
-                found_shape = f"target[{key!r}] has shape {list(flags.shape)}"
-                raise ValueError(f"{found_shape}, expected one flag for each of {len(kept)} boxes")
+                raise ValueError(
+                    f"target[{key!r}]: expected one flag for each of {len(kept)} boxes, "
+                    f"found shape {list(flags.shape)}"
+                )
             kept &= ~flags
         return {"regions": found[~kept], "kept": kept}
 
@@ -93,20 +95,20 @@ def _paint(pixels: Tensor, regions: Tensor) -> Tensor:
 
 def _paint_pil(image: PIL.Image.Image, regions: Tensor) -> PIL.Image.Image:
     if image.mode == "P":
-        raise TypeError("a PIL image of mode P, expected one without palette such as RGB")
+        raise TypeError("image: expected one without a palette, such as RGB, found mode P")
     painted = image.copy()
     for window in _windows(regions, image.height, image.width):
         region = image.crop(window)
         mean = np.asarray(region, np.float64).mean((0, 1))
         mean = mean if image.mode == "F" else mean.round().astype(int)
         colour = tuple(mean.tolist()) if mean.ndim else mean.item()
-        # Not filled directly: Pillow fills 16-bit images with the wrong colour.
+        # Pillow fills 16-bit images with a wrong colour if they are filled directly.
         painted.paste(PIL.Image.new(image.mode, region.size, colour), window)
     return painted
 
 
 def _windows(regions: Tensor, height: int, width: int) -> Iterator[tuple[int, int, int, int]]:
-    """Finds the pixels that each region touches, as `xyxy`; leaves out regions beside the image."""
+    """Yields the pixels that each region touches, as `xyxy`; skips regions outside the image."""
     for x, y, w, h in regions.tolist():
         left, right = max(0, math.floor(x)), min(width, math.ceil(x + w))
         top, bottom = max(0, math.floor(y)), min(height, math.ceil(y + h))

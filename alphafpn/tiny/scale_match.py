@@ -1,7 +1,7 @@
-"""Scale Match, as transforms for `torchvision.transforms.v2`.
+"""Scale Match as transforms for `torchvision.transforms.v2`.
 
-Scale Match resizes the images of a dataset for pre-training so that its objects become as small as
-those of the dataset to train on afterwards.
+Scale Match resizes the images of a pre-training dataset so that its objects become as small as
+those of the dataset to train on later.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SLACK = 1e-6
 
 
 def box_sizes(dataset: _coco.Source | Mapping[str, Any]) -> Tensor:
-    """Lists the sizes that Scale Match compares: square roots of the areas of a dataset's boxes.
+    """Lists the sizes that Scale Match compares: square roots of box areas in a dataset.
 
     Args:
         dataset: COCO dict with `images` and `annotations`, or the path to one as JSON.
@@ -53,12 +53,12 @@ def box_sizes(dataset: _coco.Source | Mapping[str, Any]) -> Tensor:
 
 
 class ScaleMatch(BoxTransform):
-    """Resizes each image so that its objects' mean size is one drawn from the target's sizes.
+    """Resizes each image so that the mean size of its objects is drawn from the target's sizes.
 
-    The mean is the geometric one of sqrt(w * h) over the image's boxes. The target's law is its
-    rectified histogram: the smallest and the largest 1 % of the sizes are a bin each, and 98 bins
-    of equal width hold the rest; sizes are uniform within a bin. A size is drawn again, five times
-    at most, while the scale that it asks for is outside of `scale_range`.
+    The mean is the geometric mean of sqrt(w * h) over the image's boxes. Sizes are drawn from the
+    rectified histogram of the target: one bin for the smallest 1 %, one for the largest 1 %, and 98
+    bins of equal width for the rest; within a bin sizes are uniform. While the resulting scale is
+    outside `scale_range`, the size is drawn again, up to five times in all.
 
     Boxes that end up with a side below 2 pixels are dropped. Sides are counted inclusively, as in
     the paper's code: one of w pixels becomes (w - 1) * scale + 1. If no box is left, or there was
@@ -69,23 +69,23 @@ class ScaleMatch(BoxTransform):
     `difficult`, `truncated`, `occluded`, the fields of COCO annotations, and the keys in `per_box`.
     Nothing else is cut, even if it has as many entries as there are boxes.
 
-    It takes the place of a resize in a pipeline. Samples are as for all v2 transforms; boxes are
-    `tv_tensors.BoundingBoxes` in a dict, the target. As with `v2.Resize`, tv_tensors are resized
-    and plain tensors, such as an `area`, are not; images are interpolated bilinearly, with
-    antialiasing. It draws from torch's random numbers.
+    Use it in place of a resize. Samples are as for all v2 transforms; boxes are
+    `tv_tensors.BoundingBoxes` in a dict, the target. As in `v2.Resize`, tv_tensors are resized and
+    plain tensors, such as an `area`, are not; images are interpolated bilinearly, with
+    antialiasing. Random numbers come from torch.
 
     Args:
-        target_sizes: sqrt(w * h) of the target dataset's boxes in pixels, `[N]`, as `box_sizes`
-            reads them from its annotations.
-        scale_range: Scales to stay between; the default is the paper's for pre-training on COCO.
-        default_scale: Scale for images of which no usable box is left.
-        out_of_range: What if all draws are outside of the range: `"clip"` the last one to it, or
-            take the `"default"` scale.
+        target_sizes: sqrt(w * h) of the target dataset's boxes in pixels, `[N]`; `box_sizes` reads
+            them from annotations.
+        scale_range: Bounds of the scale; the default is the paper's for pre-training on COCO.
+        default_scale: Scale of images without a usable box.
+        out_of_range: What to do if all draws are outside the range: `"clip"` the last scale to it,
+            or use the `"default"` scale.
         per_box: Further keys of the target with one entry per box.
 
     Raises:
-        TypeError: If a sample has no image, or boxes that are no `BoundingBoxes`.
-        ValueError: If an argument makes no sense, or if boxes are rotated, inverted or not finite.
+        TypeError: If a sample has no image, or its boxes are not `BoundingBoxes`.
+        ValueError: If an argument is out of range, or if boxes are rotated, inverted or not finite.
 
     Examples:
         >>> _ = torch.manual_seed(0)
@@ -108,11 +108,11 @@ class ScaleMatch(BoxTransform):
         super().__init__(per_box)
         low, high = scale_range
         if not 0 <= low < high < math.inf:
-            raise ValueError(f"scale_range {scale_range}, expected 0 <= low < high, both finite")
+            raise ValueError(f"scale_range: expected 0 <= low < high < inf, found {scale_range}")
         if not 0 < default_scale < math.inf:
-            raise ValueError(f"default_scale {default_scale}, expected a positive number")
+            raise ValueError(f"default_scale: expected a positive number, found {default_scale}")
         if out_of_range not in ("clip", "default"):
-            raise ValueError(f"out_of_range {out_of_range!r}, expected 'clip' or 'default'")
+            raise ValueError(f"out_of_range: expected 'clip' or 'default', found {out_of_range!r}")
         self.scale_range = scale_range
         self.default_scale = default_scale
         self.out_of_range = out_of_range
@@ -128,7 +128,7 @@ class ScaleMatch(BoxTransform):
         if len(sizes):
             scale = self._scale(sizes.log().mean().exp().item())
             size = _resized(height, width, scale)
-            # (w - 1) * scale + 1 >= 2, with the scales that whole numbers of pixels make of it.
+            # (w - 1) * scale + 1 >= 2, with the scales after rounding to whole pixels.
             kept = ((sides - 1) * sides.new_tensor([size[1] / width, size[0] / height]) >= 1).all(1)
             if kept.any():
                 return {"scale": scale, "size": size, "kept": kept}
@@ -162,23 +162,23 @@ class ScaleMatch(BoxTransform):
 
 
 class MonotoneScaleMatch(ScaleMatch):
-    """Resizes as `ScaleMatch` does, without chance: larger objects become larger ones.
+    """Resizes as `ScaleMatch` does, but without chance: larger objects stay larger.
 
-    The mean size of an image's objects is mapped from the source's law to the target's, from a
-    quantile of one to the same quantile of the other, linearly within each bin of the target's
-    histogram; the scale is then clipped to `scale_range`. Everything else is as in `ScaleMatch`.
+    The mean size of an image's objects is a quantile of the source's sizes, and becomes the same
+    quantile of the target's sizes, linearly within each bin of the target's histogram. The scale is
+    then clipped to `scale_range`. Everything else is as in `ScaleMatch`.
 
-    What no source settles is our choice: means outside of the source's sizes are mapped as its
-    smallest or its largest; where more than one bin's share of the source has its smallest size,
-    that becomes the target's smallest.
+    Our choice, since neither paper nor code says it: means outside the source's sizes are mapped as
+    its smallest or largest size; if more of the source than one bin holds has the smallest size,
+    this size is mapped to the target's smallest.
 
     Args:
         source_sizes: sqrt(w * h) of the boxes of the dataset to transform, in pixels, `[N]`.
         target_sizes: The same of the target dataset.
-        scale_range: Scales to stay between.
-        default_scale: Scale for images of which no usable box is left.
-        out_of_range: What to do with a scale outside of the range: `"clip"` it, or take the
-            `"default"` scale (which is not monotone).
+        scale_range: Bounds of the scale.
+        default_scale: Scale of images without a usable box.
+        out_of_range: What to do with a scale outside the range: `"clip"` it, or use the `"default"`
+            scale (which is not monotone).
         per_box: Further keys of the target with one entry per box.
 
     Raises:
@@ -227,10 +227,10 @@ class MonotoneScaleMatch(ScaleMatch):
 
 
 def _rectified_histogram(sizes: _Floats) -> tuple[_Floats, _Floats]:
-    """Edges of the bins, `[K + 1]`, and cumulative shares of the sizes, `[K]`."""
+    """Returns the edges of the bins, `[K + 1]`, and cumulative shares of the sizes, `[K]`."""
     ordered, total = np.sort(sizes), len(sizes)
     low, high = int(total * _TAIL), int(total * (1 - _TAIL))
-    # Given edges and not their number, numpy takes equal sizes too, as bins of no width.
+    # Unlike a number of bins, edges also work for equal sizes: the bins have no width.
     inner = np.linspace(ordered[low], ordered[max(high - 1, low)], _BINS - 1)
     counts, _ = np.histogram(ordered[low:high], inner)
     edges = np.concatenate([ordered[:1], inner, ordered[-1:]])
@@ -240,11 +240,11 @@ def _rectified_histogram(sizes: _Floats) -> tuple[_Floats, _Floats]:
 def _sizes(name: str, sizes: ArrayLike | Tensor) -> _Floats:
     array = np.asarray(torch.as_tensor(sizes, dtype=torch.float64, device="cpu"))
     if array.ndim != 1 or not array.size:
-        raise ValueError(f"{name} of shape {list(array.shape)}, expected [N] with N > 0")
+        raise ValueError(f"{name}: expected shape [N] with N > 0, found {list(array.shape)}")
     good = np.isfinite(array) & (array > 0)
     if not good.all():
         index = int(np.argmin(good))
-        raise ValueError(f"{name}[{index}] is {array[index]}, expected a positive number")
+        raise ValueError(f"{name}[{index}]: expected a positive number, found {array[index]}")
     return array
 
 

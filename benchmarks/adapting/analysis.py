@@ -10,12 +10,33 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.adapting.experiment import ADAPTED, LARGER, SCALE, STOCK
+from benchmarks.adapting.experiment import (
+    ADAPTED,
+    ESTIMATED,
+    FIRST,
+    HALF,
+    LARGER,
+    LEARNABLE,
+    NONE,
+    SCALE,
+    STOCK,
+)
 from benchmarks.intervals import Mean, mean_of, paired, rank_correlation, resampled
 from benchmarks.records import Record
 
 MEASURE = "AP50_all"
 FITS = (STOCK, SCALE, ADAPTED, LARGER)
+NAMES = {
+    STOCK: "stock",
+    SCALE: "best anchors",
+    ADAPTED: "anchors and finer level",
+    LARGER: "larger input",
+    HALF: "factors of .5",
+    ESTIMATED: "S-alpha",
+    LEARNABLE: "learnable",
+    FIRST: "first function",
+    NONE: "factors of 0",
+}
 # All that may differ between two runs that are compared.
 _ROW = ("data", "row", "seed", "finer_level", "anchor_scale", "input_scale")
 

@@ -87,7 +87,7 @@ def _starts(seed: int) -> Iterator[Record]:
 
 def _long(seed: int) -> Iterator[Record]:
     """Four times the steps."""
-    for data, row in itertools.product(("people", "dots"), (STOCK, ADAPTED, HALF, ESTIMATED)):
+    for data, row in itertools.product(("hituav", "dots"), (STOCK, ADAPTED, HALF, ESTIMATED)):
         yield configuration(data, row, seed, study="long", steps=4 * STEPS[data])
 
 

@@ -1,98 +1,108 @@
-"""Trainings: what their rows start from, and what they see."""
+"""Trainings: what their rows start from, what they see, and what is reported of them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from alphafpn import compare_anchors
 from alphafpn.demo import training
-from alphafpn.demo.detector import DRAWN_RATIOS, DRAWN_SIZES
-from alphafpn.demo.scenes import Family, as_coco, draw
+from alphafpn.demo.detector import detector
+from alphafpn.demo.scenes import SIDE, draw
 from alphafpn.demo.training import (
+    ADAPTED,
     ESTIMATED,
     FIRST,
+    FOLDED,
+    HALF,
+    MEASURE,
     NONE,
     ROWS,
-    Settings,
+    STOCK,
     Task,
-    Training,
     as_images,
     as_results,
     rows,
-    start_of,
-    train_and_evaluate,
-    train_detector,
+    run,
+    start,
 )
-
-S_ALPHA = [0.3, 0.4, 0.5]
 
 
 @pytest.fixture(scope="module")
 def task():
-    scenes = draw(Family((0.4, 0.4, 0.4), far=False), 8, 0)
-    truth = as_coco("val", (scene.marked() for scene in scenes[:2]))
-    return Task(scenes, scenes[:2], truth, DRAWN_SIZES, DRAWN_RATIOS, S_ALPHA)
+    scenes = draw(8, 0, far=False)
+    boxes = [((SIDE, SIDE), torch.from_numpy(scene.boxes)) for scene in scenes]
+    return Task(scenes, scenes[:4], compare_anchors(detector(), boxes).best)
 
 
 def started(task, row):
     torch.manual_seed(0)
-    return start_of(task, row)
+    return start(row, task.fit)
 
 
-def output(model, task):
-    features = model.backbone(torch.stack(as_images(task.val)))
-    return torch.cat([level.flatten() for level in features.values()])
+def test_rows_have_their_anchors_and_factors(task):
+    alpha = list(task.fit.estimate)
+    models = {row: started(task, row) for row in ROWS}
+    sizes = {row: models[row].anchor_generator.sizes for row in ROWS}
+    assert sizes.pop(STOCK) == ((32,), (64,), (128,), (256,))
+    assert set(sizes.values()) == {task.fit.anchor_sizes}
+    assert task.fit.anchor_sizes[0] < (16,)
+    found = {row: getattr(m.backbone.fpn, "alpha", torch.ones(3)) for row, m in models.items()}
+    expected = {STOCK: 1, ADAPTED: 1, HALF: 0.5, ESTIMATED: alpha, NONE: 0, FIRST: 1}
+    for row, factors in expected.items():
+        torch.testing.assert_close(found[row], torch.tensor(factors).float().expand(3))
 
 
-def test_rows_have_their_factors(task):
-    found = {row: start_of(task, row).backbone.fpn.alpha.tolist() for row in ROWS}
-    assert found.pop(ESTIMATED) == pytest.approx(S_ALPHA)
-    assert found == {row: [1.0] * 3 for row in ("alpha = 1", FIRST)} | {
-        "alpha = 0.5": [0.5] * 3,
-        NONE: [0.0] * 3,
-    }
+def test_rows_start_from_the_same_weights_but_for_the_first_function(task):
+    states = {row: started(task, row).state_dict() for row in ROWS}
+    stock, adapted = states[STOCK], states[ADAPTED]
+    assert sum(map(torch.numel, stock.values())) < sum(map(torch.numel, adapted.values()))
+    body = [name for name in stock if "fpn" not in name]
+    assert all(torch.equal(stock[name], adapted[name]) for name in body)
+    for row in (HALF, ESTIMATED, NONE):
+        assert all(
+            torch.equal(tensor, adapted[name])
+            for name, tensor in states[row].items()
+            if not name.endswith("alpha")
+        )
+
+    def outputs(row):
+        images = torch.stack(as_images(task.val))
+        maps = started(task, row).eval().backbone(images)
+        return torch.cat([level.flatten() for level in maps.values()])
+
+    torch.testing.assert_close(outputs(FIRST), outputs(ESTIMATED))
+    assert not torch.allclose(outputs(FIRST), outputs(ADAPTED), rtol=0.1)
 
 
-def test_the_first_function_is_that_of_s_alpha(task):
-    first, estimated, stock = (output(started(task, row), task) for row in (FIRST, *ROWS[1::-1]))
-    torch.testing.assert_close(first, estimated)
-    assert not torch.allclose(first, stock, rtol=0.1)
-
-
-def test_rows_start_from_the_same_weights_and_see_the_same_batches(task, monkeypatch):
+def test_rows_see_the_same_batches(task, monkeypatch):
     seen = []
-    real = training.detector
 
-    def recording(*args):
-        model = real(*args)
-        weights = {name: t.clone() for name, t in model.state_dict().items()}
+    def recording():
+        model = detector()
         batches = []
-        model.register_forward_pre_hook(lambda m, args: batches.append(torch.stack(args[0])))
-        seen.append((weights, batches))
+        model.register_forward_pre_hook(
+            lambda m, args: batches.append(torch.stack(args[0])) if m.training else None
+        )
+        seen.append(batches)
         return model
 
     monkeypatch.setattr(training, "detector", recording)
-    for row in ROWS:
-        train_detector(task, row, 0, Settings(steps=3))
-    (weights, batches), *others = seen
-    assert len(batches) == 3
-    for other_weights, other_batches in others:
-        assert all(torch.equal(t, other_weights[name]) for name, t in weights.items())
-        assert all(torch.equal(a, b) for a, b in zip(batches, other_batches, strict=True))
+    for row in (STOCK, NONE):
+        run(task, row, 0, 3)
+    first, second = seen
+    assert len(first) == 3
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_training_learns_and_repeats(task):
-    _, first = train_detector(task, ESTIMATED, 0, Settings(steps=1))
-    _, last = train_detector(task, ESTIMATED, 0, Settings(steps=30))
-    assert last < 0.8 * first
-    one, two = (
-        train_and_evaluate({"a": task}, Settings(steps=3), Training("a", FIRST, 1))
-        for _ in range(2)
-    )
-    assert one.figures == two.figures
-    assert one.last_loss == two.last_loss
-    assert all(torch.equal(t, two.weights[name]) for name, t in one.weights.items())
-    assert one.cpu_seconds > 0
+def test_a_training_learns_repeats_and_folds(task):
+    short, again = (run(task, ESTIMATED, 0, 1).entry for _ in range(2))
+    assert short == again
+    found = run(task, ESTIMATED, 0, 50)
+    assert found.entry["loss"] < 0.7 * short["loss"]
+    assert found.found.shape[1] == 4
+    assert 0 < found.entry[MEASURE] <= 1
+    assert found.entry[FOLDED] == pytest.approx(found.entry[MEASURE], abs=0.01)
 
 
 def test_every_image_is_seen_once_before_any_is_twice():

@@ -273,7 +273,7 @@ def test_mobilenet_levels_cannot_be_told_apart(name):
     with torch.device("meta"):
         model = get_model(name, weights=None, weights_backbone=None)
     with pytest.raises(
-        ValueError, match="the detector: all anchors of level 1 also lie on level 0"
+        ValueError, match=r"the detector: .* all anchors of level 1 also lie on level 0"
     ):
         estimate_alpha_for(model, draw_dataset(np.random.default_rng(0)))
 
@@ -327,7 +327,7 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match=rf"image {len(dataset)}: .*\(2, 3000\) is resized to \(0"):
         estimate_alpha_for(model, thin)
     model.anchor_generator.cell_anchors = model.anchor_generator.cell_anchors[:3]
-    with pytest.raises(ValueError, match=r"4 feature maps .* 3 levels"):
+    with pytest.raises(ValueError, match=r"4 feature maps .* found 3"):
         estimate_alpha_for(model, dataset)
 
 

@@ -577,9 +577,7 @@ class TestInput:
     )
     def test_what_only_this_protocol_reads_must_be_right(self, field, value):
         coco = scene(person(), person(2) | {field: value})
-        with pytest.raises(
-            ValueError, match=rf"annotations\[1\]: expected .*{field}.*found"
-        ):
+        with pytest.raises(ValueError, match=rf"annotations\[1\]: expected .*{field}.*found"):
             evaluate_tiny(coco, [])
 
     @pytest.mark.parametrize(

@@ -472,11 +472,11 @@ def test_sizes_of_a_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("target_sizes", "message"),
     [
-        ([], "target_sizes of shape"),
-        ([[1.0]], "target_sizes of shape"),
-        ([1.0, 0.0], r"target_sizes\[1\] is 0"),
-        ([1.0, -1.0], r"target_sizes\[1\] is -1"),
-        (torch.tensor([math.nan]), r"target_sizes\[0\] is nan"),
+        ([], "target_sizes: expected shape"),
+        ([[1.0]], "target_sizes: expected shape"),
+        ([1.0, 0.0], r"target_sizes\[1\]: .* found 0"),
+        ([1.0, -1.0], r"target_sizes\[1\]: .* found -1"),
+        (torch.tensor([math.nan]), r"target_sizes\[0\]: .* found nan"),
     ],
 )
 def test_bad_sizes_are_named(target_sizes, message):
@@ -505,13 +505,13 @@ def test_bad_options_are_named(options):
 def test_bad_samples_are_named():
     match = ScaleMatch([10.0])
     image, target = sample([(10, 10), (20, 20)])
-    with pytest.raises(TypeError, match=r"boxes are a Tensor, expected .*BoundingBoxes"):
+    with pytest.raises(TypeError, match=r"boxes: expected .*BoundingBoxes, found Tensor"):
         match(image, {"boxes": torch.zeros(1, 4)})
-    with pytest.raises(TypeError, match="no image among"):
+    with pytest.raises(TypeError, match="sample: expected an image, found"):
         match(target)
-    with pytest.raises(TypeError, match="boxes in a tuple"):
+    with pytest.raises(TypeError, match="boxes: expected them in a dict, found a tuple"):
         match(image, target["boxes"])
     for bad in ([20.0, 0, 10, 10], [math.nan, 0, 10, 10], [0, 0, math.inf, 10]):
         target["boxes"][1] = torch.tensor(bad)
-        with pytest.raises(ValueError, match=r"boxes\[1\] is .*XYXY"):
+        with pytest.raises(ValueError, match=r"boxes\[1\]: expected finite .*found .*XYXY"):
             match(image, target)
