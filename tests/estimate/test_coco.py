@@ -422,7 +422,7 @@ def test_coco_like_script_is_deterministic_and_valid(tmp_path: Path) -> None:
                 "--annotations=400",
             ],
             check=True,
-            cwd=Path(__file__).resolve().parents[3],
+            cwd=Path(__file__).resolve().parents[2],
         )
     assert paths[0].read_bytes() == paths[1].read_bytes()
     content = json.loads(paths[0].read_text())
