@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 
+from alphafpn.estimate.probe import refuse_wrappers
 from alphafpn.pyramid import (
     Alpha,
     AlphaFeaturePyramidNetwork,
@@ -22,9 +23,6 @@ from alphafpn.pyramid import (
 )
 
 M = TypeVar("M", bound=nn.Module)
-
-# Names, since importing FSDP's classes would load all of torch.distributed.
-_WRAPPERS = ("ScriptModule", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 # The forward methods that return `weight * something + bias`.
 _AFFINE = {
@@ -145,17 +143,10 @@ def fold_alpha(model: M) -> M:
 
 def _pyramids(model: nn.Module) -> list[tuple[str, FeaturePyramidNetwork]]:
     """Lists the pyramids in a model with their paths, or raises if they must not be changed."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    refuse_wrappers(model, "patch before wrapping or scripting")
     found = []
     for path, module in model.named_modules():
         path = path or type(model).__name__
-        for cls in type(module).__mro__:
-            if cls.__name__ in _WRAPPERS:
-                raise TypeError(
-                    f"{path}: found a {cls.__name__} ({type(module).__name__}); "
-                    "patch before wrapping or scripting"
-                )
         if not isinstance(module, FeaturePyramidNetwork):
             continue
         if type(module) not in (FeaturePyramidNetwork, AlphaFeaturePyramidNetwork):

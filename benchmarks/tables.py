@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.adapting import report as adapting
 from benchmarks.earlier import factors, fine_tuning, systems, tinyperson
-from benchmarks.markdown import fold, table, write
+from benchmarks.markdown import fill, fold, table, write
 from benchmarks.records import FOLDER, kept
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -29,24 +29,6 @@ All differences are paired: the runs of one seed share first weights, images and
 are 95 % t-intervals over seeds. *Detectable* is the smallest true difference that as many seeds
 with this spread would find in four of five experiments. AP and MR (miss rate, less is better) are
 those of `evaluate_tiny`, in percent.
-
-## Adapting a stock detector
-
-Real images, as crops of at most 160 px: blood cells at a quarter (`cells4`, three classes) and an
-eighth of their size (`cells8`, one class), TinyPerson's `people`, `hituav` (people, cars and
-bicycles in thermal images from a drone), `dots` of printed music (four classes that only the
-surroundings tell), `dsb2018` (cell nuclei) and `insects` on sticky traps.
-
-The detector is torchvision's RetinaNet with its own losses on EfficientNet-Lite0 with ImageNet's
-weights: P3-P7, anchors from 32 px, 64 channels, two convolutions in each head. C5 is the first
-block at stride 32. Normalisation and everything up to stride 4 are frozen. AdamW, 150 or 200 steps
-of two images, gradients clipped to norm 5. This is far shorter than a usual training: the figures
-are low, and the gains are those of an early stage.
-
-AP50 is `AP50_all`. The last column has its interval over data sets. *Best anchors* is the best
-scale without a finer level, *anchors and finer level* is `comparison.best`, *larger input* is stock
-on images twice as large. Factors are those of the adapted detector; *first function* has factors of
-1 and starts from the function of S-alpha. `python -m benchmarks.adapting run` does the runs.
 
 <!-- adapting: begin -->
 <!-- adapting: end -->
@@ -144,3 +126,4 @@ if __name__ == "__main__":
     factors.draw(kept("factors"), DOCS / "images")
     write(path, page())
     adapting.write(kept("adapting"), DOCS)
+    fill(DOCS.parent / "README.md", "adapting", [adapting.in_short(kept("adapting"))])
