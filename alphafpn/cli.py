@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     estimate.add_argument(
         "--detector",
-        required=True,
+        default="",  # so that the message without it lists the names
         metavar="NAME",
         help="a torchvision FPN detector, such as fasterrcnn_resnet50_fpn_v2, or "
         + " or ".join(TINY),

@@ -171,7 +171,10 @@ def test_malformed_files_are_one_line_and_exit_code_2(name, tmp_path, capsys):
     [
         ((), "COMMAND"),
         (("frobnicate",), "frobnicate"),
-        (("estimate", "a.json"), "required: --detector"),
+        (
+            ("estimate", "a.json"),
+            "--detector: no feature pyramid detector named ''; known names are",
+        ),
         (("estimate", "a.json", "--detector"), "--detector"),
         (("estimate", "a.json", "--detector", "retinanet"), "mean retinanet_resnet50_fpn?"),
         (

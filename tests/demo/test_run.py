@@ -88,11 +88,14 @@ def test_a_second_run_replaces_its_own_files_and_no_others(tmp_path, quick):
 
 
 SCRIPT = """
+import signal
 import sys
 from pathlib import Path
 from alphafpn.demo import Settings, run_demo
 
 if __name__ == "__main__":
+    # A shell may have started the tests with interrupts ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run_demo(Path(sys.argv[1]), settings=Settings(train=6, val=3, steps=8, processes=1))
 """
 
