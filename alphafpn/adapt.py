@@ -86,7 +86,7 @@ def adapt_detector(
     rounding of sizes.
 
     A trained head gives its boxes in units of the anchors. Anchors half as large therefore make the
-    same weights of a RetinaNet, RPN or FCOS predict boxes half as large, half as far from the
+    same weights of a RetinaNet, RPN or FCOS predict boxes half as large, and half as far from the
     centres of the anchors, until they are trained again. FCOS keeps its boxes if you divide the
     weight and the bias of its last convolution, `head.regression_head.bbox_reg`, by the scale.
 
@@ -227,7 +227,7 @@ def scaled_anchors(
         parts = zip(sizes, ratios, old, strict=True)
         cells = [_made(generator, s, r, like) for s, r, like in parts]
     elif scale == 1:
-        cells = old  # bitwise
+        cells = old  # without rounding
     else:
         cells = [_about_centre(cell, scale) for cell in old]
     if finer_level:

@@ -23,6 +23,7 @@ from alphafpn.estimate.fcos import owned_boxes
 from alphafpn.estimate.probe import DetectorProbe, run_backbone, skeleton
 from alphafpn.estimate.report import factor_origin, factors
 from alphafpn.estimate.s_alpha import InputBoxes, estimate_probe, input_boxes
+from alphafpn.pyramid import AlphaFeaturePyramidNetwork, remove_factors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -323,6 +324,9 @@ def _adapted(
 ) -> DetectorProbe:
     """Adapts a copy of the detector; `like` is a probe with the same levels."""
     detector = skeleton(probe.detector)
+    for part in detector.backbone.modules():
+        if isinstance(part, AlphaFeaturePyramidNetwork):  # factors move no anchor
+            remove_factors(part)
     change(detector, scale, finer_level, input_scale)
     return DetectorProbe(detector, like)
 

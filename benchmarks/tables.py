@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.adapting import report as adapting
 from benchmarks.earlier import factors, fine_tuning, systems, tinyperson
-from benchmarks.markdown import fold, table, write
+from benchmarks.markdown import fill, fold, table, write
 from benchmarks.records import FOLDER, kept
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -126,3 +126,4 @@ if __name__ == "__main__":
     factors.draw(kept("factors"), DOCS / "images")
     write(path, page())
     adapting.write(kept("adapting"), DOCS)
+    fill(DOCS.parent / "README.md", "adapting", [adapting.in_short(kept("adapting"))])

@@ -17,7 +17,13 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import MultiScaleRoIAlign
 
-from alphafpn import AnchorComparison, adapt_detector, compare_anchors, estimate_alpha_for
+from alphafpn import (
+    AnchorComparison,
+    adapt_detector,
+    compare_anchors,
+    estimate_alpha_for,
+    patch_detector,
+)
 from alphafpn.tiny import tiny_retinanet
 from tests.anchor_sets import seeds
 from tests.estimate.test_for_detector import (
@@ -231,6 +237,13 @@ def test_hand_made_anchors_are_scaled_about_their_centres():
     assert row.different_anchors == (1, 1, 1, 1)
     adapted = adapt_detector(copy.deepcopy(model), row)
     assert estimate_alpha_for(adapted, dataset).counts == row.estimate.counts
+
+
+def test_factors_change_no_row():
+    model, dataset = resizing(), small_objects(10)
+    expected = compare_anchors(model, dataset)
+    assert compare_anchors(patch_detector(model, 0.5), dataset) == expected
+    assert model.backbone.fpn.alpha.tolist() == [0.5, 0.5]
 
 
 def test_a_head_that_does_not_fit_its_anchors_is_named():

@@ -103,7 +103,9 @@ def estimate_alpha(
             matcher = GridMatcher(kind.cell_anchors, [kind], dtype, device)
         else:
             matcher = SearchMatcher(kind, dtype, device)
-        boxes_per_image = torch.tensor([len(b) for b in chosen], dtype=torch.int64, device="cpu")
+        boxes_per_image = torch.tensor(
+            [b.shape[0] for b in chosen], dtype=torch.int64, device="cpu"
+        )
         blocks = _blocks(chosen, members, name)
         counts = count_levels(matcher, blocks, boxes_per_image, num_levels)
         estimates.append(_estimate([counts], num_fused_levels, clamp, **description))
@@ -338,16 +340,19 @@ def _blocks(images: Sequence[Tensor], members: Sequence[int], name: str) -> Iter
     """Yields the boxes of all images in blocks, checked; `members` are the images' numbers."""
     try:
         some: list[Tensor] = []
-        count = 0
+        total = 0
+        # There may be many images of a few boxes: each `len` or `split` would count.
         for boxes in images:
-            # To split each of many small images would take as long as to match their boxes.
-            for piece in boxes.split(BLOCK) if len(boxes) > BLOCK else (boxes,):
-                if count + len(piece) > BLOCK:
-                    yield check_boxes(torch.cat(some), "")
-                    some, count = [], 0
-                some.append(piece)
-                count += len(piece)
-        if count:
+            count = boxes.shape[0]
+            if total + count > BLOCK and some:
+                yield check_boxes(torch.cat(some), "")
+                some, total = [], 0
+            if count > BLOCK:
+                yield from (check_boxes(piece, "") for piece in boxes.split(BLOCK))
+            elif count:
+                some.append(boxes)
+                total += count
+        if some:
             yield check_boxes(torch.cat(some), "")
     except ValueError:
         for boxes, i in zip(images, members, strict=True):

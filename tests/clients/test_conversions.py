@@ -13,7 +13,8 @@ VOC = """<annotation><filename>{name}.png</filename><size><width>{width}</width>
 <height>{height}</height><depth>3</depth></size>{objects}</annotation>"""
 OBJECT = """<object><name>{name}</name><bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin>
 <xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"""
-# (height, width) and boxes `xyxy` with their classes.
+# (height, width) and boxes `xyxy` with their classes. Pascal VOC counts pixels from 1, and the last
+# one belongs to the box.
 IMAGES = {
     "a": ((96, 128), [(8, 24, 40, 72, "boat"), (64, 0, 128, 96, "person")]),
     "b": ((64, 64), [(16, 16, 24, 32, "person")]),
@@ -46,7 +47,7 @@ def write_yolo(folder):
 def write_voc(folder):
     for name, ((height, width), boxes) in IMAGES.items():
         objects = "".join(
-            OBJECT.format(name=label, x1=x1 + 1, y1=y1 + 1, x2=x2 + 1, y2=y2 + 1)
+            OBJECT.format(name=label, x1=x1 + 1, y1=y1 + 1, x2=x2, y2=y2)
             for x1, y1, x2, y2, label in boxes
         )
         text = VOC.format(name=name, width=width, height=height, objects=objects)
