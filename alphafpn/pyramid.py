@@ -196,8 +196,9 @@ class AlphaFeaturePyramidNetwork(FeaturePyramidNetwork):  # type: ignore[misc]
             size = lateral.shape[2:]
             # Eq. 1. Without a graph one kernel scales and adds. With a graph it is cheaper to scale
             # before the nearest-neighbour upsampling: a quarter of the elements, forward and
-            # backward, and the graph saves no map that the stock graph does not save.
-            if torch.is_grad_enabled():
+            # backward, and the graph saves no map that the stock graph does not save. Tracing runs
+            # with and without gradients, and has to see the same operations.
+            if torch.is_grad_enabled() and not torch.jit.is_tracing():
                 last_inner = lateral + F.interpolate(last_inner * alpha, size=size, mode="nearest")
             else:
                 upsampled = F.interpolate(last_inner, size=size, mode="nearest")

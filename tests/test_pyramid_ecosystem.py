@@ -110,6 +110,29 @@ def test_scripts(alpha, levels):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_traces(kind, grad):
+    fpn, x = Flat(make_patched(kind(FACTORS))), tuple(make_features().values())
+    with torch.set_grad_enabled(grad):
+        # Tracing once more, as a check, must give the same operations.
+        for found, expected in zip(torch.jit.trace(fpn, x)(*x), fpn(*x), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+class Flat(nn.Module):
+    """A pyramid between tuples of maps."""
+
+    def __init__(self, fpn):
+        super().__init__()
+        self.fpn = fpn
+
+    def forward(self, *maps):
+        return tuple(self.fpn(OrderedDict(zip("0123", maps, strict=True))).values())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_scripted_detectors_agree(kind):
     torch.manual_seed(0)

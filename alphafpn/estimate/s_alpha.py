@@ -92,22 +92,33 @@ def estimate_alpha(
     layouts = [kind for kind, _ in groups if isinstance(kind, AnchorLayout)]
     description = describe(layouts if len(layouts) == len(groups) else [], num_levels)
     device = images[0].device if images else torch.device("cpu")
-    estimates = []
+    # One matcher takes all layouts with the same cell anchors.
+    families: dict[object, list[tuple[AnchorLayout | Levels, list[int]]]] = {}
     for kind, members in groups:
-        chosen = [images[i] for i in members]
-        tensors = [*chosen, *_tensors(kind)]
+        key: object = id(kind)
+        if isinstance(kind, AnchorLayout):
+            key = tuple((cells.dtype, str(cells.tolist())) for cells in kind.cell_anchors)
+        families.setdefault(key, []).append((kind, members))
+    estimates = []
+    for family in families.values():
+        kinds: list[Any] = [kind for kind, _ in family]
+        pairs = sorted((i, index) for index, (_, members) in enumerate(family) for i in members)
+        chosen = [images[i] for i, _ in pairs]
+        tensors = [*chosen, *_tensors(kinds[0])]
         wide = any(tensor.dtype == torch.float64 for tensor in tensors)
         dtype = torch.float64 if wide else torch.float32
         matcher: Matcher
-        if isinstance(kind, AnchorLayout):
-            matcher = GridMatcher(kind.cell_anchors, [kind], dtype, device)
+        if isinstance(kinds[0], AnchorLayout):
+            matcher = GridMatcher(kinds[0].cell_anchors, kinds, dtype, device)
         else:
-            matcher = SearchMatcher(kind, dtype, device)
-        boxes_per_image = torch.tensor(
-            [b.shape[0] for b in chosen], dtype=torch.int64, device="cpu"
+            matcher = SearchMatcher(kinds[0], dtype, device)
+        counts = count_levels(
+            matcher,
+            _blocks(chosen, [i for i, _ in pairs], name),
+            torch.tensor([b.shape[0] for b in chosen], dtype=torch.int64, device="cpu"),
+            num_levels,
+            torch.tensor([index for _, index in pairs], dtype=torch.int64, device="cpu"),
         )
-        blocks = _blocks(chosen, members, name)
-        counts = count_levels(matcher, blocks, boxes_per_image, num_levels)
         estimates.append(_estimate([counts], num_fused_levels, clamp, **description))
     return functools.reduce(AlphaEstimate.merge, estimates)
 
