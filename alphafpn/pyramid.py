@@ -198,7 +198,8 @@ class AlphaFeaturePyramidNetwork(FeaturePyramidNetwork):  # type: ignore[misc]
             # before the nearest-neighbour upsampling: a quarter of the elements, forward and
             # backward, and the graph saves no map that the stock graph does not save. Tracing runs
             # with and without gradients, and has to see the same operations.
-            if torch.is_grad_enabled() and not torch.jit.is_tracing():
+            tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+            if torch.is_grad_enabled() and not tracing:
                 last_inner = lateral + F.interpolate(last_inner * alpha, size=size, mode="nearest")
             else:
                 upsampled = F.interpolate(last_inner, size=size, mode="nearest")
