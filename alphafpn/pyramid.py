@@ -198,8 +198,8 @@ class AlphaFeaturePyramidNetwork(FeaturePyramidNetwork):  # type: ignore[misc]
             # before the nearest-neighbour upsampling: a quarter of the elements, forward and
             # backward, and the graph saves no map that the stock graph does not save. Tracing runs
             # with and without gradients, and has to see the same operations.
-            tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-            if torch.is_grad_enabled() and not tracing:
+            # TorchScript reads type comments, and skips those without a list of codes alone.
+            if torch.is_grad_enabled() and not torch.jit.is_tracing():  # type: ignore
                 last_inner = lateral + F.interpolate(last_inner * alpha, size=size, mode="nearest")
             else:
                 upsampled = F.interpolate(last_inner, size=size, mode="nearest")
