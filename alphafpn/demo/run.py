@@ -43,8 +43,8 @@ from alphafpn.display import table
 
 _ABOUT_FAR = (
     f"far: the same images, but a disc at least {FAR} px away decides which tiny figures are "
-    "objects. A small factor can cost points there: it weakens what the coarse levels tell the "
-    "fine ones about the disc."
+    "objects. A small factor, or a first function that is like one, can cost points there: it "
+    "weakens what the coarse levels tell the fine ones about the disc."
 )
 _NOTE = (
     "Two seeds do not rank rows that differ by less than 3 points. A small detector that is "
