@@ -155,26 +155,6 @@ def rows(count: int, batch: int, seed: int) -> Iterator[list[int]]:
         order = order[batch:]
 
 
-def as_results(detections: Sequence[dict[str, Tensor]]) -> list[dict[str, Any]]:
-    """What a detector found in each image as COCO results; an image's id is its place.
-
-    Class 0 is the background, which a detector finds only where its training went wrong.
-    """
-    return [
-        {
-            "image_id": index,
-            "category_id": label,
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "score": score,
-        }
-        for index, found in enumerate(detections)
-        for (x1, y1, x2, y2), score, label in zip(
-            *(found[name].tolist() for name in ("boxes", "scores", "labels")), strict=True
-        )
-        if label > 0
-    ]
-
-
 def figures(
     truth: dict[str, Any], results: list[dict[str, Any]], names: Sequence[str]
 ) -> dict[str, float]:

@@ -21,10 +21,11 @@ from alphafpn import (
     fold_alpha,
     patch_detector,
 )
+from alphafpn.demo.training import as_results
 from benchmarks.adapting.data import DataSet, load
 from benchmarks.adapting.detectors import frozen_maps, keep_maps, keep_matches, stock
 from benchmarks.records import Record, environment, key_of
-from benchmarks.training import adamw, as_results, figures, rows, train
+from benchmarks.training import adamw, figures, rows, train
 
 STOCK, SCALE, ADAPTED, LARGER = "stock", "scale", "adapted", "larger input"
 HALF, NONE, ESTIMATED, LEARNABLE, FIRST = (

@@ -39,12 +39,13 @@ from alphafpn import (
     fold_alpha,
     patch_detector,
 )
+from alphafpn.demo.training import as_results
 from benchmarks.intervals import mean_of, paired
 from benchmarks.markdown import table
 from benchmarks.paper.data import Batches, Split
 from benchmarks.paper.detectors import detector
 from benchmarks.records import Record, digest, environment, key_of, read, work
-from benchmarks.training import Checkpoint, Interrupted, as_results, figures, train
+from benchmarks.training import Checkpoint, Interrupted, figures, train
 
 STOCK, ADAPTED, PAPER = "stock", "adapted", "paper"
 FIRST_ROWS = (STOCK, ADAPTED, f"{ADAPTED}, S-alpha", f"{ADAPTED}, alpha = 0.5")
