@@ -203,7 +203,8 @@ def _from_coco(
     if wanted is not None:
         reasons[np.array([c not in wanted for c in coco.category_ids], np.bool_)] = OTHER
     # Sorted by image, the annotations of an image are one range; those on no image come first.
-    order = np.argsort(coco.image_index, kind="stable")
+    # Sorting keys without equals is several times as fast as a stable argsort.
+    order = np.sort(coco.image_index << 32 | np.arange(len(coco.image_index))) & 0xFFFFFFFF
     per_image = np.bincount(coco.image_index + 1, minlength=len(sizes) + 1)
     first, counts = np.cumsum(per_image)[:-1], per_image[1:]
     nowhere = reasons[order[: per_image[0]]]

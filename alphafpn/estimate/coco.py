@@ -14,7 +14,6 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter
 from typing import Annotated, Any, NoReturn, TypeAlias
 
 import msgspec
@@ -102,6 +101,7 @@ def read_coco(source: str | os.PathLike[str] | Mapping[str, Any], name: str) -> 
                 coco = msgspec.convert(data, type=_Coco)
         except (ValueError, RecursionError):
             return read_plain(parse(data) if isinstance(data, bytes) else data)
+        del data  # it may be as large as all the rest
         return _read_typed(coco)
 
 
@@ -174,35 +174,33 @@ class _Coco(msgspec.Struct):
 
 def _read_typed(coco: _Coco) -> CocoColumns:
     """Makes columns of what the strict pass has decoded."""
-
-    def column(structs: list[Any], field: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
-        return np.fromiter(map(attrgetter(field), structs), dtype, len(structs))
-
     images, annotations = coco.images, coco.annotations
-    ids = column(images, "id", np.int64)
-    image_sizes = np.stack([column(images, side, np.int64) for side in ("height", "width")], axis=1)
+    ids = np.array([image.id for image in images], np.int64)
+    image_sizes = np.array([(i.height, i.width) for i in images], np.int64).reshape(-1, 2)
     bad = ((image_sizes < 1) | (image_sizes > MAX_SIDE)).any(axis=1)
     if bad.any():
         index = int(bad.argmax())
         _refuse_size(index, images[index].id, images[index].height, images[index].width)
-    owners = column(annotations, "image_id", np.int64)
-    image_index = np.full(len(owners), -1)
+    num = len(annotations)
+    owners = np.fromiter([a.image_id for a in annotations], np.int64, num)
+    image_index = np.full(num, -1)
     if len(ids):
         # Sorted first: a search in order is several times as fast.
-        by_owner, by_id = np.argsort(owners, kind="stable"), np.argsort(ids)
-        found = np.searchsorted(ids, owners[by_owner], sorter=by_id)
+        by_owner, by_id = np.argsort(owners), np.argsort(ids)
+        found = np.searchsorted(ids[by_id], owners[by_owner])
         image_index[by_owner] = by_id[found.clip(max=len(ids) - 1)]
         image_index[ids[image_index] != owners] = -1
-    values = chain.from_iterable(map(attrgetter("bbox"), annotations))
+    values = chain.from_iterable([a.bbox for a in annotations])
     columns = CocoColumns(
         image_ids=ids.tolist(),
         image_sizes=image_sizes,
         image_index=image_index,
-        boxes=np.fromiter(values, np.float64, 4 * len(annotations)).reshape(-1, 4),
-        category_ids=list(map(attrgetter("category_id"), annotations)),
+        boxes=np.fromiter(values, np.float64, 4 * num).reshape(-1, 4),
+        category_ids=[a.category_id for a in annotations],
         listed=_listed(coco.categories),
         reasons=_flags(
-            column(annotations, "iscrowd", np.bool_), column(annotations, "ignore", np.bool_)
+            np.fromiter([a.iscrowd for a in annotations], np.bool_, num),
+            np.fromiter([a.ignore for a in annotations], np.bool_, num),
         ),
     )
     return _checked(columns, owners[:1].tolist())
@@ -284,14 +282,17 @@ def _checked(columns: CocoColumns, first_owner: list[Any]) -> CocoColumns:
     # The last reason given is the one that counts.
     reasons[nowhere & (reasons != NO_BOX)] = NO_IMAGE
     reasons[(boxes[:, 2] < 0) | (boxes[:, 3] < 0)] = NEGATIVE
-    finite = np.abs(boxes) <= _LARGEST
-    if not finite.all():
-        reasons[~finite.all(axis=1)] = NOT_FINITE
+    # Temporary arrays of this size are slow: first look at the extremes, which NaN would be.
+    if not -_LARGEST <= boxes.min(initial=0) <= boxes.max(initial=0) <= _LARGEST:
+        reasons[~(np.abs(boxes) <= _LARGEST).all(axis=1)] = NOT_FINITE
     return columns
 
 
 def _flags(crowd: npt.NDArray[np.bool_], ignore: npt.NDArray[np.bool_]) -> npt.NDArray[np.int8]:
-    return np.where(crowd, CROWD, np.where(ignore, IGNORE, 0)).astype(np.int8)
+    reasons = np.zeros(len(crowd), np.int8)
+    reasons[ignore] = IGNORE
+    reasons[crowd] = CROWD
+    return reasons
 
 
 def _refuse_size(index: int, image_id: Id, height: Any, width: Any) -> NoReturn:
