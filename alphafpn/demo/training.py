@@ -22,40 +22,28 @@ from alphafpn.tiny import evaluate_tiny
 MEASURE, FOLDED = "AP50_tiny", "AP50_tiny_folded"
 STOCK, ADAPTED, HALF, ESTIMATED = "stock", "adapted", "alpha = 0.5", "S-alpha"
 NONE, FIRST = "alpha = 0", "first function"
-ROWS = (STOCK, ADAPTED, HALF, ESTIMATED, NONE, FIRST)
-FAR_ROWS = (ADAPTED, HALF, ESTIMATED, FIRST)
+ROWS = {  # by family
+    "results": (STOCK, ADAPTED, HALF, ESTIMATED, NONE, FIRST),
+    "far": (ADAPTED, HALF, ESTIMATED, FIRST),
+}
 CONFIDENT = 0.3
 _BATCH, _RATE, _CLIP = 4, 6e-3, 5.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much the demo does; by default a few minutes' work for two cores.
+    """How much the demo does; by default a few minutes' work for two cores."""
 
-    Attributes:
-        train: Scenes to train on.
-        val: Scenes to evaluate on.
-        steps: Of the optimizer in each training.
-        seeds: For each, one training of each row.
-        processes: Trainings that run at the same time, each on one thread.
-    """
-
-    train: int = 240
+    train: int = 240  # scenes
     val: int = 100
-    steps: int = 250
-    seeds: tuple[int, ...] = (0, 1)
-    processes: int = 2
+    steps: int = 250  # of the optimizer in each training
+    seeds: tuple[int, ...] = (0, 1)  # for each, one training of each row
+    processes: int = 2  # trainings at the same time, each on one thread
 
 
 @dataclass(frozen=True)
 class Task:
-    """What detectors are trained and evaluated on.
-
-    Attributes:
-        train: Scenes to train on.
-        val: Scenes to evaluate on.
-        fit: How to adapt the detector.
-    """
+    """What detectors are trained and evaluated on, and how they are adapted."""
 
     train: list[Scene]
     val: list[Scene]
@@ -69,15 +57,10 @@ class Task:
 
 
 class Trained(NamedTuple):
-    """What a run gives; no tensor is in it, since processes would share them as open files.
-
-    Attributes:
-        entry: Of the results.
-        found: Confident detections in the scene to show, xyxy [N, 4].
-    """
+    """What a run gives; no tensor is in it, since processes would share them as open files."""
 
     entry: dict[str, Any]
-    found: NDArray[np.float32]
+    found: NDArray[np.float32]  # confident detections in the scene to show, xyxy [N, 4]
 
 
 def run(task: Task, row: str, seed: int, steps: int) -> Trained:
