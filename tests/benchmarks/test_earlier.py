@@ -67,15 +67,10 @@ def test_a_table_of_kinds_has_paired_differences():
     ]
 
 
-def fine_tuned(way, target, seed, end, start=""):
+def fine_tuned(way, target, seed, end):
+    config = {"optimizer": "SGD", "rate": 0.1, "way": way, "target": target, "seed": seed}
     figures = {"before": 0.4, "after": 0.1, "ramped": 0.2, "end": end}
-    return {
-        "config": {"optimizer": "SGD", "rate": 0.1, "way": way, "target": target, "seed": seed},
-        "start": start or str(seed),
-        "figures": figures,
-        "diverged_at": None,
-        "loss": [2.0, 1.5],
-    }
+    return {"config": config, "figures": figures, "diverged_at": None, "loss": [2.0, 1.5]}
 
 
 def test_fine_tuning_is_compared_with_staying_and_with_jumping():
@@ -87,8 +82,6 @@ def test_fine_tuning_is_compared_with_staying_and_with_jumping():
     rows = cells(fine_tuning.by_way(records))[2:]
     assert rows[0] == ["1", "stay at 1", "3", "40.0", "10.0", "20.0", "40.0", "", "", "1.500"]
     assert rows[2][6:] == ["32.0", "-8.0 ± 2.5", "+2.0 ± 2.5", "1.500"]
-    with pytest.raises(ValueError, match=r"seeds \[1\]"):
-        fine_tuning.section([*records, fine_tuned("jump", "0.5", 1, 0.5, start="other")])
 
 
 def whole(alpha, seed, value, diverged=None, **changes):
@@ -97,12 +90,10 @@ def whole(alpha, seed, value, diverged=None, **changes):
     return {"config": config, "figures": figures, "alpha": [0.25], "diverged_at": diverged}
 
 
-def test_settings_are_apart_and_diverged_runs_are_told_of():
+def test_diverged_runs_are_told_of():
     records = [whole(a, s, v + 0.1 * s) for a, v in (("1", 0.2), ("0.5", 0.22)) for s in (0, 1)]
-    records += [whole("1", 0, 0.9, steps=6), whole("s-alpha", 0, 0.0, diverged=3)]
-    first, second = tinyperson.settings(records)
-    assert (len(first), len(second)) == (5, 1)
-    rows = cells(tinyperson.by_kind(first))[2:]
+    records += [whole("s-alpha", 0, 0.0, diverged=3)]
+    rows = cells(tinyperson.by_kind(records))[2:]
     assert rows[0][:6] == ["alpha = 1", "0.25", "2", "25.00 ± 63.53", "", ""]
     assert rows[1][:3] == ["S-alpha", "", "0 (1 diverged)"]
     assert rows[2][:5] == ["alpha = 0.5", "0.25", "2", "27.00 ± 63.53", "+2.00 ± 0.00"]
