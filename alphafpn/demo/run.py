@@ -90,12 +90,13 @@ def run_demo(
         raise ValueError(f"images is {images}, annotations is {annotations}: expected both or none")
     data: dict[str, Any] = {"annotations": "drawn by the demo"}
     if images is not None and annotations is not None:
-        scale, *own = own_scenes(Path(images), Path(annotations), (settings.train, settings.val))
-        parts = {"results": own}
+        counts = settings.train, settings.val
+        scale, train, val = own_scenes(Path(images), Path(annotations), counts)
+        parts = {"results": (train, val)}
         data = {"annotations": str(annotations), "scale": scale, "categories": "merged into one"}
     else:
         parts = {
-            name: [draw(settings.train, 0, far=far), draw(settings.val, 1, far=far)]
+            name: (draw(settings.train, 0, far=far), draw(settings.val, 1, far=far))
             for name, far in (("results", False), ("far", True))
         }
     train, val = parts["results"]

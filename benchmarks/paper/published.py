@@ -9,6 +9,7 @@ CityPersons is counted as it is and divided by four, which makes it Tiny CityPer
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -92,8 +93,11 @@ def items_of(coco: dict[str, Any]) -> list[Item]:
 
 def count(items: list[Item], anchors: dict[str, Any], **how: int) -> AlphaEstimate:
     """The estimate over images of all sizes."""
-    layouts = {size: legacy_layout(anchors, size, **how) for size, _ in items}
-    return estimate_alpha([layouts[size] for size, _ in items], [boxes for _, boxes in items])
+    by_size: dict[tuple[int, int], list[Tensor]] = {}
+    for size, boxes in items:
+        by_size.setdefault(size, []).append(boxes)
+    parts = (estimate_alpha(legacy_layout(anchors, s, **how), by_size[s]) for s in by_size)
+    return functools.reduce(AlphaEstimate.merge, parts)
 
 
 def tinyperson_rows(coco: dict[str, Any]) -> list[list[object]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -66,6 +67,11 @@ def test_boxes_of_a_pixel_and_ignored_ones_do_not_count():
     assert boxes.tolist() == [[0, 0, 2, 3]]
 
 
+@functools.cache
+def tiles_of(path, dense):
+    return published.tiles_of(json.loads(path.read_bytes()), dense=dense)
+
+
 @pytest.mark.parametrize(
     ("detector", "dense", "expected"),
     [
@@ -76,7 +82,6 @@ def test_boxes_of_a_pixel_and_ignored_ones_do_not_count():
     ],
 )
 def test_tinyperson_s_factors(data_file, detector, dense, expected):
-    content = json.loads(data_file("tinyperson_native_boxes.json").read_bytes())
-    tiles = published.tiles_of(content, dense=dense)
+    tiles = tiles_of(data_file("tinyperson_native_boxes.json"), dense)
     estimate = published.count(tiles, published.ANCHORS[detector])
     assert estimate.ratios == pytest.approx(expected, abs=0.001)

@@ -389,19 +389,6 @@ class TestInput:
         assert evaluate_tiny(coco, found) == first
         assert capfd.readouterr() == ("", "")
 
-    def test_numbers_of_numpy(self):
-        coco, found = random_data(4)
-        arrays = [
-            {
-                "image_id": np.int64(entry["image_id"]),
-                "category_id": np.int32(entry["category_id"]),
-                "bbox": np.array(entry["bbox"]),
-                "score": np.float64(entry["score"]),
-            }
-            for entry in found
-        ]
-        assert evaluate_tiny(coco, arrays) == evaluate_tiny(coco, found)
-
     @pytest.mark.parametrize(
         ("change", "reason"),
         [

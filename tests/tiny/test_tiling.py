@@ -188,15 +188,6 @@ def test_merging_is_the_literal_suppression(data):
     assert merge_detections(detections, tiles) == literal_merge(detections, tiles)
 
 
-def test_an_overlap_of_exactly_one_half_in_the_legacy_metric_suppresses():
-    tiles = cut_dataset(dataset(100, 100, []))
-    found = [
-        {"image_id": 1, "bbox": [x, 20, 8, 8], "score": score, "mark": x}
-        for x, score in [(20, 0.8), (23, 0.9), (40, 0.8), (44, 0.9)]
-    ]
-    assert [detection["mark"] for detection in merge_detections(found, tiles)] == [23, 40, 44]
-
-
 @unhurried
 @given(
     st.integers(1, 400),
@@ -314,30 +305,18 @@ def test_ids_may_be_strings_and_annotations_have_none(tmp_path):
     assert (merged["image_id"], merged["bbox"]) == ("beach.jpg", [600, 0, 9, 9])
 
 
-def test_bad_files_and_types_are_named(tmp_path):
-    (tmp_path / "x.json").write_text('{"images": [')
-    with pytest.raises(ValueError, match=r"x\.json: dataset: expected a COCO JSON file, found"):
-        cut_dataset(tmp_path / "x.json")
+def test_bad_data_and_types_are_named():
     with pytest.raises(ValueError, match=r"dataset: .*annotations"):
         cut_dataset({"images": []})
     with pytest.raises(TypeError, match="a object in COCO data"):
         cut_dataset({"images": [], "annotations": [], "info": object()})
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("image_id", 2, r"detections\[1\]: expected as image_id .* found 2"),
-        ("bbox", [0, 0, -1, 1], r"detections\[1\]: expected as bbox .* found \[0, 0, -1, 1\]"),
-        ("score", math.inf, r"detections\[1\]: expected as score a finite number, found inf"),
-        ("score", "high", r"detections\[1\]\.score: Expected `float`"),
-    ],
-)
-def test_bad_detections_are_named(key, value, message):
+def test_bad_detections_are_named():
     tiles = cut_dataset(dataset(100, 100, []))
     good = {"image_id": 1, "bbox": [0, 0, 5, 5], "score": 0.5}
-    with pytest.raises(ValueError, match=message):
-        merge_detections([good, {**good, key: value}], tiles)
+    with pytest.raises(ValueError, match=r"detections\[1\]: expected as image_id .* found 2"):
+        merge_detections([good, {**good, "image_id": 2}], tiles)
 
 
 def test_nothing_merges_into_nothing():
