@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+
+from alphafpn.demo.training import as_coco
 
 FOLDER = "ALPHAFPN_DATA"
 _LEFT = 0.49  # of a box's area, for it to be kept; otherwise it is painted over, as ignored ones
@@ -78,29 +81,13 @@ class Part:
 
     def coco(self, classes: int) -> dict[str, Any]:
         """The objects in COCO format, and regions ignored for all classes; ids are places."""
-        names = range(1, classes + 1)
         found: list[tuple[int, int, list[float], bool]] = []
         for image, labels in enumerate(self.labels):
             objects = zip(labels.tolist(), self.boxes[image].tolist(), strict=True)
             found += [(image, label, box, False) for label, box in objects]
-            found += [
-                (image, name, box, True) for box in self.ignored[image].tolist() for name in names
-            ]
-        annotations = [
-            {
-                "id": index,
-                "image_id": image,
-                "category_id": label,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": (x2 - x1) * (y2 - y1),
-                "ignore": ignore,
-            }
-            for index, (image, label, (x1, y1, x2, y2), ignore) in enumerate(found, 1)
-        ]
-        height, width = self.size
-        images = [{"id": i, "width": width, "height": height} for i in range(len(self.boxes))]
-        categories = [{"id": name, "name": str(name)} for name in names]
-        return {"images": images, "annotations": annotations, "categories": categories}
+            regions = itertools.product(self.ignored[image].tolist(), range(1, classes + 1))
+            found += [(image, label, box, True) for box, label in regions]
+        return as_coco(found, len(self.boxes), self.size, classes)
 
 
 @dataclass(frozen=True)
@@ -121,8 +108,6 @@ class DataSet:
 @functools.cache
 def load(name: str) -> DataSet:
     """Reads a data set; its crops are the same for all seeds."""
-    if name not in SOURCES:
-        raise ValueError(f"data: expected one of {', '.join(SOURCES)}, found {name!r}")
     folder = os.environ.get(FOLDER)
     if not folder:
         raise ValueError(f"{FOLDER}: expected the folder of the real data, found nothing")
