@@ -16,20 +16,12 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds with its t-interval.
-
-    Attributes:
-        count: Number of seeds.
-        mean: Of the values.
-        half: Half the width of the 95 % interval; nan with fewer than two seeds.
-        detectable: The smallest true mean that as many seeds, with this spread, tell from 0 in
-            80 % of all experiments (two-sided t-test at 5 %); nan with fewer than two seeds.
-    """
+    """A mean over seeds with its t-interval; the last two are nan with fewer than two seeds."""
 
     count: int
     mean: float
-    half: float
-    detectable: float
+    half: float  # half the width of the 95 % interval
+    detectable: float  # smallest true mean that as many seeds tell from 0 in 80 % of experiments
 
     def __str__(self) -> str:
         return self.text(sign="+")
@@ -86,17 +78,9 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     return float(stats.spearmanr(first, second).statistic)
 
 
-def resampled(
-    statistic: Callable[[Sequence[int]], float], count: int, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of a statistic of `count` things, over samples of them drawn again.
-
-    Args:
-        statistic: Takes the indices of a sample.
-        count: How many things there are.
-        seed: Of the draws.
-    """
-    rng = np.random.default_rng(seed)
+def resampled(statistic: Callable[[Sequence[int]], float], count: int) -> tuple[float, float]:
+    """95 % interval of a statistic of `count` things, given the indices of resampled ones."""
+    rng = np.random.default_rng(0)
     values = [statistic(rng.integers(0, count, count).tolist()) for _ in range(_RESAMPLES)]
     values = [value for value in values if not math.isnan(value)]
     if not values:

@@ -26,9 +26,6 @@ def fill(page: Path, mark: str, parts: Iterable[str]) -> None:
     """Writes paragraphs between the comments `mark: begin` and `mark: end` of a page.
 
     A page that does not exist is made of them.
-
-    Raises:
-        ValueError: If the page does not hold both comments once, in this order.
     """
     begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
     old = page.read_text("utf-8") if page.exists() else f"{begin}\n{end}\n"

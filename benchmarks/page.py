@@ -55,28 +55,16 @@ in pytest. With `ALPHAFPN_RESULTS=file.json` the records go there and this page 
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on one figure of the records whose names begin with `prefix`.
-
-    Attributes:
-        what: What is bounded.
-        prefix: Of the records' names.
-        bound: For each of these records.
-        field: Of the records.
-        least: Whether the figure has to be at least the bound; otherwise at most.
-        inverse: Whether the figure is one over the field.
-        upper: Whether the upper end of the interval has to keep the bound; otherwise the median.
-        on: `CPU` or `GPU` if the target holds there only.
-        form: How the figure and the bound are shown.
-    """
+    """A bound on one figure of the records whose names begin with `prefix`."""
 
     what: str
     prefix: str
     bound: float
     field: str = "ratio"
-    least: bool = False
-    inverse: bool = False
-    upper: bool = False
-    on: str = ""
+    least: bool = False  # the figure has to be at least the bound; otherwise at most
+    inverse: bool = False  # the figure is one over the field
+    upper: bool = False  # the upper end of the interval has to keep the bound, not the median
+    on: str = ""  # `CPU` or `GPU` if the target holds there only
     form: str = "{:.2f}"
 
     def rows(self, entries: Sequence[Entry]) -> list[tuple[str, ...]]:
@@ -169,7 +157,7 @@ def page(entries: Sequence[Entry]) -> str:
             part.strip("\n")
             for part in (
                 HEAD,
-                *meanings(entries),
+                meanings(entries),
                 TARGETS_HEAD,
                 table(("what", "measured", "target", "verdict", "device"), rows),
                 f"Older code: {'; '.join(sorted(notes))}." if notes else "",
@@ -199,51 +187,36 @@ def short(device: str) -> str:
     return device.split(",")[0].removeprefix("NVIDIA ").split()[0]
 
 
-def meanings(entries: Sequence[Entry]) -> list[str]:
-    """What the figures mean for a user, as far as they were measured on a CPU."""
-    found = {e["name"]: e for e in newest(entries) if short(e["device"]) == "CPU"}
-    kernel, file = found.get("kernel/3 shapes"), found.get("file/estimate_alpha_for")
-    loading, memory = found.get("file/pycocotools"), found.get("memory/30,000,000 boxes")
-    lines = []
-    if kernel:
-        lines.append(
-            f"**Counting is never what you wait for.** All {kernel['boxes']:,} boxes of COCO take "
-            f"{1e3 * kernel['candidate_median_s']:.0f} ms on two CPU cores. The matrix of their "
-            f"overlaps with all anchors would take {kernel['baseline_s'] / 60:.0f} minutes."
-        )
-    if file and loading:
-        lines.append(
-            f"**From a file of COCO's size ({file['file_mib']:.0f} MiB) to factors** takes "
-            f"{file['median_s']:.1f} s. Loading it with pycocotools takes "
-            f"{loading['median_s']:.0f} s. Memory peaks at {file['peak_over_file']:.1f} times the "
-            "file's size."
-        )
-    if memory:
-        lines.append(
-            f"**Memory does not grow with the anchors**: {memory['boxes']:,} boxes take "
-            f"{memory['extra_mib']:.0f} MiB beyond the boxes themselves."
-        )
+def meanings(entries: Sequence[Entry]) -> str:
+    """What the newest figures mean for a user."""
+    last = newest(entries)
+    cpu = {e["name"]: e for e in last if short(e["device"]) == "CPU"}
+    kernel, file = cpu["kernel/3 shapes"], cpu["file/estimate_alpha_for"]
+    loading, memory = cpu["file/pycocotools"], cpu["memory/30,000,000 boxes"]
+    fixed = [e for e in last if "pyramid/fixed" in e["name"] and short(e["device"]) != "CPU"]
+    gpu = [100 * (e["ratio"] - 1) for e in fixed]
     added = [
         e["added_over_stock"] for e in entries if "/fixed/" in e["name"] and "added_over_stock" in e
     ]
-    if added:
-        lines.append(
-            f"**Fixed factors on a CPU** add {min(added):.1%} to {max(added):.1%} to the "
-            "time of the pyramid alone (their multiplications timed by themselves). In a whole "
-            "train step that is lost in the noise."
-        )
-    gpu = [
-        e for e in newest(entries) if short(e["device"]) != "CPU" and "pyramid/fixed" in e["name"]
-    ]
-    if gpu:
-        ratios = [100 * (e["ratio"] - 1) for e in gpu]
-        lines.append(
-            f"**Fixed factors on a GPU** ({short(gpu[0]['device'])}, batch of 1) add "
-            f"{min(ratios):.0f} to {max(ratios):.0f} % to the time of the pyramid alone, where "
-            "starting an operation costs more than running it. Larger batches add less. A folded "
-            "detector is stock and costs nothing."
-        )
-    return ["\n".join(f"- {line}" for line in lines)] if lines else []
+    lines = (
+        f"**Counting is never what you wait for.** All {kernel['boxes']:,} boxes of COCO take "
+        f"{1e3 * kernel['candidate_median_s']:.0f} ms on two CPU cores. The matrix of their "
+        f"overlaps with all anchors would take {kernel['baseline_s'] / 60:.0f} minutes.",
+        f"**From a file of COCO's size ({file['file_mib']:.0f} MiB) to factors** takes "
+        f"{file['median_s']:.1f} s. Loading it with pycocotools takes "
+        f"{loading['median_s']:.0f} s. Memory peaks at {file['peak_over_file']:.1f} times the "
+        "file's size.",
+        f"**Memory does not grow with the anchors**: {memory['boxes']:,} boxes take "
+        f"{memory['extra_mib']:.0f} MiB beyond the boxes themselves.",
+        f"**Fixed factors on a CPU** add {min(added):.1%} to {max(added):.1%} to the "
+        "time of the pyramid alone (their multiplications timed by themselves). In a whole "
+        "train step that is lost in the noise.",
+        f"**Fixed factors on a GPU** ({short(fixed[0]['device'])}, batch of 1) add "
+        f"{min(gpu):.0f} to {max(gpu):.0f} % to the time of the pyramid alone, where "
+        "starting an operation costs more than running it. Larger batches add less. A folded "
+        "detector is stock and costs nothing.",
+    )
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _cases(
@@ -262,7 +235,7 @@ def _cases(
             for e in entries
             if e["name"].startswith(prefix)
         ]
-        return table(("case", "device", *columns), rows) if rows else "Not measured."
+        return table(("case", "device", *columns), rows)
 
     return show
 
@@ -290,13 +263,10 @@ def _pyramids(entries: list[Entry]) -> str:
         (device, mode, *(_range(found[kind]) for kind in kinds))
         for (device, mode), found in sorted(ratios.items())
     ]
-    header = ("device", "mode", *kinds)
-    return table(header, rows) if rows else "Not measured."
+    return table(("device", "mode", *kinds), rows)
 
 
 def _range(values: Sequence[float]) -> str:
-    if not values:
-        return ""
     return f"{np.median(values):.3f} ({min(values):.3f} to {max(values):.3f}, {len(values)} cases)"
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import comb
 from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats  # type: ignore[import-untyped]
 
 
 @dataclass
@@ -24,18 +24,11 @@ class Pairs:
         """Candidate over baseline of each pair."""
         return np.asarray(self.candidate) / np.asarray(self.baseline)
 
-    def interval(self, confidence_level: float = 0.95) -> tuple[float, float]:
-        """Distribution-free interval of the median ratio, from order statistics."""
+    def interval(self) -> tuple[float, float]:
+        """Distribution-free 95 % interval of the median ratio, from order statistics."""
         ordered = np.sort(self.ratios)
-        n = len(ordered)
-        tail = (1 - confidence_level) / 2
-        below = 0.0
-        rank = -1
-        while below <= tail and rank < n // 2:
-            rank += 1
-            below += comb(n, rank) / 2**n
-        rank = max(rank - 1, 0) if below > tail else rank
-        return float(ordered[rank]), float(ordered[n - 1 - rank])
+        rank = max(int(stats.binom.ppf(0.025, len(ordered), 0.5)) - 1, 0)
+        return float(ordered[rank]), float(ordered[-1 - rank])
 
     def summary(self) -> dict[str, float]:
         """What the results file keeps."""
@@ -58,27 +51,17 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 def timed(function: Callable[[], object], device: str = "cpu") -> float:
     """Seconds of one call, with the device idle before and after."""
-    synchronize(device)
+    idle = torch.cuda.synchronize if device == "cuda" else lambda: None
+    idle()
     start = time.perf_counter()
     function()
-    synchronize(device)
+    idle()
     return time.perf_counter() - start
 
 
-def synchronize(device: str) -> None:
-    """Waits for the device."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def repeat(function: Callable[[], object], device: str, seconds: float = 2.0) -> list[float]:
-    """Times of one function, after three calls that do not count."""
-    for _ in range(3):
-        timed(function, device)
-    times: list[float] = []
-    while len(times) < 5 or sum(times) < seconds:
-        times.append(timed(function, device))
-    return times
+def repeat(function: Callable[[], object], device: str) -> list[float]:
+    """Times of one function, for about two seconds."""
+    return in_turns([function], device=device, seconds=2, least=5, most=10_000, warm_up=3)[0]
 
 
 def in_turns(

@@ -14,7 +14,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,24 @@ def kept(name: str) -> list[Record]:
     return read([FOLDER / f"{name}.jsonl.gz", FOLDER / f"{name}.jsonl"])
 
 
+def settings(records: Sequence[Record], changed: Collection[str]) -> list[list[Record]]:
+    """Groups of records whose configurations differ in nothing but the keys in `changed`."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        common = {k: v for k, v in record["config"].items() if k not in changed}
+        found.setdefault(repr(sorted(common.items())), []).append(record)
+    return list(found.values())
+
+
+def by_seed(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...], dict[int, Record]]:
+    """Records by these values of their configurations, and by seed."""
+    found: dict[tuple[Any, ...], dict[int, Record]] = {}
+    for record in records:
+        config = record["config"]
+        found.setdefault(tuple(config[name] for name in names), {})[config["seed"]] = record
+    return found
+
+
 def work(
     todo: Sequence[Record],
     run: Callable[[Record], Record | None],
@@ -76,15 +94,10 @@ def work(
     claims: Path,
     minutes: float = math.inf,
 ) -> None:
-    """Does the runs that are not on record, in their order.
+    """Does the runs that are not on record, in their order; none starts after `minutes`.
 
-    Args:
-        todo: The configurations.
-        run: Returns the results of a configuration, to which `key` and `config` are added; None if
-            it was interrupted.
-        file: Where records are added.
-        claims: Folder of lock files, which keep two processes from doing the same run.
-        minutes: No run starts later than this.
+    `run` returns the results of a configuration, or None if it was interrupted. Lock files in
+    `claims` keep two processes from doing the same run.
     """
     deadline = time.monotonic() + 60 * minutes
     for config in todo:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,19 +23,12 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a training that may be interrupted goes on.
-
-    Attributes:
-        path: Of the file. It is removed when the training ends.
-        model: The detector that is trained.
-        every: Steps between two checkpoints.
-        deadline: In `time.time()`. The training stops at the first checkpoint after it.
-    """
+    """Where a training that may be interrupted goes on."""
 
     path: Path
     model: nn.Module
-    every: int = 250
-    deadline: float = math.inf
+    every: int = 250  # steps
+    deadline: float = math.inf  # in `time.time()`; training stops at the first checkpoint after it
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -52,23 +45,11 @@ def train(
     schedule: Callable[[int], float] | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> tuple[list[float], bool]:
-    """Trains for `steps` steps.
+    """Trains for `steps` steps, each on a batch; `batches` are the same in each call.
 
-    Args:
-        loss_of: The loss of a batch.
-        optimizer: Its rates are the highest ones.
-        batches: At least `steps` of them, the same in each call.
-        steps: Of the optimizer.
-        clip: Largest norm of the gradient.
-        schedule: By what the rates are multiplied at each step. By default they rise for a tenth
-            of the steps and then fall to 0.
-        checkpoint: Where to go on from and to.
-
-    Returns:
-        The loss curve in at most 20 means, and whether training diverged; then it has stopped.
-
-    Raises:
-        Interrupted: If the checkpoint's deadline came first.
+    `schedule` tells by what the rates are multiplied at each step. By default they rise for a tenth
+    of the steps and then fall to 0. Returns the loss curve in at most 20 means, and whether
+    training diverged; then it has stopped.
     """
     rates: Any = (
         torch.optim.lr_scheduler.OneCycleLR(
@@ -139,20 +120,6 @@ def adamw(model: nn.Module, rate: float, decay: float = 1e-3) -> torch.optim.Opt
     if factors:
         groups.append({"params": factors, "weight_decay": 0.0})
     return torch.optim.AdamW(groups, rate, weight_decay=decay, fused=True)
-
-
-def rows(count: int, batch: int, seed: int) -> Iterator[list[int]]:
-    """Rows of each step's images, of `count` and as many mirrored ones that follow them.
-
-    Every image is seen once before any is twice, mirrored at random; the same for the same seed.
-    """
-    rng = np.random.default_rng(seed)
-    order: list[int] = []
-    while True:
-        while len(order) < batch:
-            order += (rng.permutation(count) + count * rng.integers(0, 2, count)).tolist()
-        yield order[:batch]
-        order = order[batch:]
 
 
 def figures(

@@ -132,14 +132,3 @@ def test_the_map_names_the_files_that_exist():
     assert {path for path in files if not path.name.startswith("__")} == {
         package / name for name in re.findall(r"`([\w/]+\.py)`", rows)
     }
-
-
-def test_failures_name_the_line_of_the_page(tmp_path, monkeypatch):
-    page = tmp_path / "page.md"
-    python = "```python\n{}\n```\n"
-    page.write_text(
-        f"# Page\n{python.format('x = 1')}\n```text\nno\n```\n{python.format('1 / (x - 1)')}"
-    )
-    with pytest.raises(ZeroDivisionError) as failure:
-        run_page(page, monkeypatch)
-    assert failure.traceback[-1].lineno + 1 == 10

@@ -20,21 +20,10 @@ _HELD_OUT = 4  # one image in so many
 def own_scenes(
     images: Path, annotations: Path, counts: tuple[int, int]
 ) -> tuple[float, list[Scene], list[Scene]]:
-    """Cuts scenes from a user's images, those to train on and those to evaluate on.
+    """Cuts at most `counts` scenes to train on and to evaluate on; returns their scale, too.
 
-    Args:
-        images: Folder with the images that `annotations` names.
-        annotations: COCO-format JSON.
-        counts: Of the scenes, at most. Each holds an object and nothing that is `iscrowd`, `ignore`
-            or `uncertain`; no image is on both sides.
-
-    Returns:
-        The factor by which all images are scaled, and the scenes.
-
-    Raises:
-        FileNotFoundError: If the annotations, or an image that they name, are not there.
-        ValueError: If the annotations are malformed or too few, or an image is smaller than they
-            say.
+    All images are scaled by the same factor. Each scene holds an object and nothing that is
+    `iscrowd`, `ignore` or `uncertain`; no image is on both sides. Errors name the file.
     """
     boxes = read_annotations(annotations).boxes
     median = float(np.median(np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1))))

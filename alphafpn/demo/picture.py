@@ -26,14 +26,7 @@ def draw_picture(
     comparison: AnchorComparison,
     results: dict[str, Results],
 ) -> bytes:
-    """Draws a PNG.
-
-    Args:
-        scene: One to evaluate on.
-        found: Detections in it by row, xyxy [N, 4].
-        comparison: Of the scenes to train on.
-        results: By family.
-    """
+    """Draws a PNG: detections by row in a scene, boxes reached, results by family and row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -24,11 +24,10 @@ from alphafpn.comparison import compare_anchors
 from alphafpn.demo.detector import detector
 from alphafpn.demo.own import own_scenes
 from alphafpn.demo.picture import Results, draw_picture
-from alphafpn.demo.scenes import FAR, SIDE, Scene, draw
+from alphafpn.demo.scenes import FAR, SIDE, draw
 from alphafpn.demo.training import (
     ADAPTED,
     ESTIMATED,
-    FAR_ROWS,
     FOLDED,
     MEASURE,
     ROWS,
@@ -68,32 +67,15 @@ def run_demo(
     batches. In a second family of drawn scenes (`outcome["far"]`) a disc far away decides which
     figures are objects.
 
-    Images of your own are scaled, all by the same factor and at most doubled, so that the median
-    object is 10 pixels large, and cut into scenes of 128 x 128. A quarter of the images is held
-    out. All categories are merged into one. There is no second family.
+    Images of your own, in the folder `images` and in the COCO file `annotations`, are scaled, all
+    by the same factor and at most doubled, so that the median object is 10 pixels large, and cut
+    into scenes of 128 x 128. A quarter of the images is held out. All categories are merged into
+    one. There is no second family.
 
-    Writes `demo.png` and, last, `outcome.json` to `out`, over those of an earlier demo. Neither is
-    ever half-written.
-
-    Trainings run in processes of their own, so a script calls this under
-    `if __name__ == "__main__":`.
-
-    Args:
-        out: Folder to write to; it is made if there is none.
-        images: Folder with the images that `annotations` names.
-        annotations: COCO-format JSON.
-        settings: How much to do; by default `Settings()`.
-
-    Returns:
-        What `outcome.json` holds. `results[row]` has an entry per seed with `AP50_tiny` from 0 to
-        1; that of `S-alpha` has the figures after `fold_alpha`, too.
-
-    Raises:
-        FileNotFoundError: If the annotations, or an image that they name, are not there.
-        ImportError: If the extra is not installed.
-        ValueError: If only one of `images` and `annotations` is given, or a file is malformed or
-            holds too little; the message names the file.
-        concurrent.futures.process.BrokenProcessPool: If the process of a training dies.
+    Writes `demo.png` and `outcome.json`, neither ever half-written, to `out`, and returns what the
+    latter holds: `results[row]` has an entry per seed with `AP50_tiny` from 0 to 1. Trainings run
+    in processes of their own, so a script calls this under `if __name__ == "__main__":`. Errors
+    name the file.
     """
     try:
         import faster_coco_eval  # noqa: F401
@@ -104,20 +86,19 @@ def run_demo(
         raise ImportError(message) from error
     settings = settings or Settings()
     began = time.monotonic()
-    data: dict[str, Any]
-    parts: dict[str, tuple[list[Scene], list[Scene]]]
+    if (images is None) != (annotations is None):
+        raise ValueError(f"images is {images}, annotations is {annotations}: expected both or none")
+    data: dict[str, Any] = {"annotations": "drawn by the demo"}
     if images is not None and annotations is not None:
-        scale, *own = own_scenes(Path(images), Path(annotations), (settings.train, settings.val))
-        parts = {"results": (own[0], own[1])}
+        counts = settings.train, settings.val
+        scale, train, val = own_scenes(Path(images), Path(annotations), counts)
+        parts = {"results": (train, val)}
         data = {"annotations": str(annotations), "scale": scale, "categories": "merged into one"}
-    elif images is None and annotations is None:
+    else:
         parts = {
             name: (draw(settings.train, 0, far=far), draw(settings.val, 1, far=far))
             for name, far in (("results", False), ("far", True))
         }
-        data = {"annotations": "drawn by the demo"}
-    else:
-        raise ValueError(f"images is {images}, annotations is {annotations}: expected both or none")
     train, val = parts["results"]
     if evaluate(val, [])[MEASURE] < 0:
         raise ValueError(f"{annotations}: expected tiny objects in the held-out images, found none")
@@ -132,10 +113,10 @@ def run_demo(
     print(f"{len(train)} scenes to train on, {len(val)} to evaluate on", *findings, sep="\n")
     print(f"\n{comparison}\n", flush=True)
     tasks = {name: Task(*part, comparison.best) for name, part in parts.items()}
-    done = _train(tasks, settings)
+    trained = _train(tasks, settings)
     results: dict[str, Results] = {
-        name: {row: [trained.entry for trained in runs] for row, runs in rows.items()}
-        for name, rows in done.items()
+        name: {row: [trained[name, row, s].entry for s in settings.seeds] for row in ROWS[name]}
+        for name in tasks
     }
     note = " ".join([_ABOUT_FAR, _NOTE] if "far" in parts else [_NOTE])
     outcome = {
@@ -147,7 +128,7 @@ def run_demo(
         "seconds": round(time.monotonic() - began, 1),
     }
     task = tasks["results"]
-    found = {row: done["results"][row][0].found for row in (STOCK, ADAPTED)}
+    found = {row: trained["results", row, settings.seeds[0]].found for row in (STOCK, ADAPTED)}
     picture = draw_picture(task.val[task.shown], found, comparison, results)
     text = json.dumps(outcome, allow_nan=False, indent=2)
     with tempfile.TemporaryDirectory(prefix=".", dir=out) as staging:
@@ -159,10 +140,9 @@ def run_demo(
     return outcome
 
 
-def _train(tasks: dict[str, Task], settings: Settings) -> dict[str, dict[str, list[Trained]]]:
+def _train(tasks: dict[str, Task], settings: Settings) -> dict[tuple[str, str, int], Trained]:
     """Does all runs, in processes that end when this one does, however it does."""
-    rows = {name: FAR_ROWS if name == "far" else ROWS for name in tasks}
-    plan = [(n, row, seed) for seed in settings.seeds for n in tasks for row in rows[n]]
+    plan = [(name, row, seed) for seed in settings.seeds for name in tasks for row in ROWS[name]]
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
     with (
@@ -177,13 +157,7 @@ def _train(tasks: dict[str, Task], settings: Settings) -> dict[str, dict[str, li
         for future in as_completed(futures.values()):
             future.result()
             bar.update()
-    return {
-        name: {
-            row: [futures[name, row, seed].result() for seed in settings.seeds]
-            for row in rows[name]
-        }
-        for name in tasks
-    }
+    return {key: future.result() for key, future in futures.items()}
 
 
 def _start_process(parent: Connection) -> None:
@@ -199,14 +173,13 @@ def _end_with(parent: Connection) -> None:
 
 def _as_text(results: dict[str, Results]) -> str:
     """Shows a row for each kind of detector, and a column for each family and seed."""
-    seeds = [entry["seed"] for entry in results["results"][STOCK]]
     families = {name: "far, " if name == "far" else "" for name in results}
+    seeds = [entry["seed"] for entry in results["results"][STOCK]]
     header = (MEASURE, *(f"{family}seed {s}" for family in families.values() for s in seeds))
     lines = []
-    for row in ROWS:
+    for row in ROWS["results"]:
         entries = [e for name in families for e in results[name].get(row, [{}] * len(seeds))]
         figures = {row: MEASURE} | ({f"{row}, folded": FOLDED} if row == ESTIMATED else {})
         for label, figure in figures.items():
-            cells = (f"{100 * e[figure]:.1f} %" if e else "" for e in entries)
-            lines.append((label, *cells))
+            lines.append((label, *(f"{100 * e[figure]:.1f} %" if e else "" for e in entries)))
     return "\n".join(table(header, lines))

@@ -22,40 +22,28 @@ from alphafpn.tiny import evaluate_tiny
 MEASURE, FOLDED = "AP50_tiny", "AP50_tiny_folded"
 STOCK, ADAPTED, HALF, ESTIMATED = "stock", "adapted", "alpha = 0.5", "S-alpha"
 NONE, FIRST = "alpha = 0", "first function"
-ROWS = (STOCK, ADAPTED, HALF, ESTIMATED, NONE, FIRST)
-FAR_ROWS = (ADAPTED, HALF, ESTIMATED, FIRST)
+ROWS = {  # by family
+    "results": (STOCK, ADAPTED, HALF, ESTIMATED, NONE, FIRST),
+    "far": (ADAPTED, HALF, ESTIMATED, FIRST),
+}
 CONFIDENT = 0.3
 _BATCH, _RATE, _CLIP = 4, 6e-3, 5.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much the demo does; by default a few minutes' work for two cores.
+    """How much the demo does; by default a few minutes' work for two cores."""
 
-    Attributes:
-        train: Scenes to train on.
-        val: Scenes to evaluate on.
-        steps: Of the optimizer in each training.
-        seeds: For each, one training of each row.
-        processes: Trainings that run at the same time, each on one thread.
-    """
-
-    train: int = 240
+    train: int = 240  # scenes
     val: int = 100
-    steps: int = 250
-    seeds: tuple[int, ...] = (0, 1)
-    processes: int = 2
+    steps: int = 250  # of the optimizer in each training
+    seeds: tuple[int, ...] = (0, 1)  # for each, one training of each row
+    processes: int = 2  # trainings at the same time, each on one thread
 
 
 @dataclass(frozen=True)
 class Task:
-    """What detectors are trained and evaluated on.
-
-    Attributes:
-        train: Scenes to train on.
-        val: Scenes to evaluate on.
-        fit: How to adapt the detector.
-    """
+    """What detectors are trained and evaluated on, and how they are adapted."""
 
     train: list[Scene]
     val: list[Scene]
@@ -69,15 +57,10 @@ class Task:
 
 
 class Trained(NamedTuple):
-    """What a run gives; no tensor is in it, since processes would share them as open files.
-
-    Attributes:
-        entry: Of the results.
-        found: Confident detections in the scene to show, xyxy [N, 4].
-    """
+    """What a run gives; no tensor is in it, since processes would share them as open files."""
 
     entry: dict[str, Any]
-    found: NDArray[np.float32]
+    found: NDArray[np.float32]  # confident detections in the scene to show, xyxy [N, 4]
 
 
 def run(task: Task, row: str, seed: int, steps: int) -> Trained:
@@ -171,29 +154,36 @@ def detect(model: nn.Module, scenes: Sequence[Scene], batch: int = 16) -> list[d
 
 def evaluate(scenes: Sequence[Scene], found: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     """Evaluates the detections in scenes: figures from 0 to 1, -1 if there are no such objects."""
-    figures = evaluate_tiny(as_coco(scenes), as_results(found))
+    objects = [(i, 1, box, False) for i, scene in enumerate(scenes) for box in scene.boxes.tolist()]
+    truth = as_coco(objects, len(scenes), (SIDE, SIDE), 1)
+    figures = evaluate_tiny(truth, as_results(found))
     return {name: figures[name] for name in (MEASURE, "AP50_all")}
 
 
-def as_coco(scenes: Sequence[Scene]) -> dict[str, Any]:
-    """Returns the COCO data set of scenes; an image's id is its place."""
-    objects = [
-        (i, box) for i, scene in enumerate(scenes) for box in scene.boxes.astype(float).tolist()
-    ]
+def as_coco(
+    objects: Sequence[tuple[int, int, Sequence[float], bool]],
+    images: int,
+    size: tuple[int, int],
+    classes: int,
+) -> dict[str, Any]:
+    """Returns a COCO data set of so many images of one (height, width); an image's id is its place.
+
+    An object is an image, a class from 1, a box (xyxy), and whether it is to be ignored.
+    """
     return {
-        "images": [{"id": i, "width": SIDE, "height": SIDE} for i in range(len(scenes))],
+        "images": [{"id": i, "width": size[1], "height": size[0]} for i in range(images)],
         "annotations": [
             {
                 "id": k,
-                "image_id": i,
-                "category_id": 1,
+                "image_id": image,
+                "category_id": label,
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "area": (x2 - x1) * (y2 - y1),
-                "iscrowd": 0,
+                "ignore": ignore,
             }
-            for k, (i, (x1, y1, x2, y2)) in enumerate(objects, 1)
+            for k, (image, label, (x1, y1, x2, y2), ignore) in enumerate(objects, 1)
         ],
-        "categories": [{"id": 1, "name": "object"}],
+        "categories": [{"id": label, "name": str(label)} for label in range(1, classes + 1)],
     }
 
 

@@ -34,10 +34,8 @@ class BoxTransform(v2.Transform):  # type: ignore[misc]
 
     Modifications of `v2.Transform`: `make_params` is given the image, the boxes (or None) and the
     target, the dict that holds the boxes (or an empty one). It returns, among others, `kept`, a
-    bool tensor `[N]` on the CPU; `transform` is given only what is kept.
-
-    Args:
-        per_box: Keys of the target with one entry per box, in addition to `PER_BOX`.
+    bool tensor `[N]` on the CPU; `transform` is given only what is kept. `per_box` names keys of
+    the target with one entry per box, in addition to `PER_BOX`.
     """
 
     def __init__(self, per_box: Sequence[str]) -> None:
@@ -71,11 +69,7 @@ class BoxTransform(v2.Transform):  # type: ignore[misc]
 
 
 def to_xywh(boxes: tv_tensors.BoundingBoxes | None) -> Tensor:
-    """Converts boxes of any format to `xywh`, `[N, 4]` in float64 on the CPU.
-
-    Raises:
-        ValueError: If boxes are rotated, inverted or not finite.
-    """
+    """Converts boxes of any format to `xywh`, `[N, 4]` in float64 on the CPU."""
     if boxes is None:
         return torch.empty(0, 4, dtype=torch.float64)
     if boxes.shape[-1] != 4:

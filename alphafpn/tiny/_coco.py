@@ -45,21 +45,10 @@ class _Detection(msgspec.Struct, gc=False):
 def read(
     source: Any, name: str, *, need_sizes: bool = True
 ) -> tuple[dict[str, Any], CocoColumns, NDArray[np.int64]]:
-    """Reads a COCO data set.
+    """Reads a COCO data set: a path, or a dict whose numbers may be numpy's or torch's.
 
-    Args:
-        source: Path to a JSON file, or a dict (numbers may be numpy's or torch's).
-        name: What messages call it.
-        need_sizes: Whether its images must have a size.
-
-    Returns:
-        A copy of the data, its columns, and the positions of the annotations that have a valid box
-        on one of the images. A warning says how many have none.
-
-    Raises:
-        TypeError: If the data holds objects that JSON cannot.
-        ValueError: If the data is no COCO data set.
-        OSError: If the file cannot be read.
+    Returns a copy of the data, its columns, and the positions of the annotations that have a valid
+    box on one of the images. A warning says how many have none. `name` is what messages call it.
     """
     name, data = _load(source, name)
     with reading(name):
@@ -73,17 +62,7 @@ def read(
 
 
 def read_detections(source: Any, name: str, image_ids: Sequence[Id]) -> tuple[str, Detections]:
-    """Reads COCO results: a list of detections on the images of `image_ids`.
-
-    Returns:
-        The name with the file's path, and the detections.
-
-    Raises:
-        TypeError: If the data holds objects that JSON cannot.
-        ValueError: If a detection is incomplete or mistyped, its box or score is not finite, its
-            box has a negative size, or its image is none of these.
-        OSError: If the file cannot be read.
-    """
+    """Reads COCO results, detections on images of these ids; the name gets the file's path."""
     name, entries = _load(source, name)
     try:
         found = msgspec.convert(entries, list[_Detection])

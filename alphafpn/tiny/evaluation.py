@@ -40,7 +40,7 @@ _SIZES = {  # MR: square root of the area in pixels, both ends included
 }
 _SIZE_MARGIN = 1.25  # MR leaves out detections that miss the range by more than this factor
 _MIN_VISIBLE = 0.65
-_AP_DETECTIONS, _MR_DETECTIONS = 200, 1000  # the best ones per image and category
+_MR_DETECTIONS = 1000  # the best ones per image and category
 # False positives per image. The hair above the round values admits rates of exactly 0.1 and 1.
 _FPPI = np.logspace(-2, 0, 9) * (1 + 1e-12)
 
@@ -80,6 +80,7 @@ def evaluate_tiny(
     detections: str | os.PathLike[str] | Sequence[Mapping[str, Any]],
     *,
     quirks: bool = True,
+    max_detections: int = 200,
 ) -> dict[str, float]:
     """Computes AP, average recall and miss rate of tiny objects, as TinyPerson defines them.
 
@@ -97,6 +98,8 @@ def evaluate_tiny(
             are mended: detections that barely touch a large ignored region are mistakes, and a rate
             of false positives that the first detection already exceeds has recall 0, not that of
             all detections (which takes fewer than 100 images).
+        max_detections: How many detections of an image and category, the best first, count for AP
+            and AR. The miss rate always takes 1000.
 
     Returns:
         Figures from 0 to 1, or -1 where a range has no ground truth. Keys are metric (AP, AR, MR),
@@ -109,7 +112,8 @@ def evaluate_tiny(
         TypeError: If an argument is neither COCO data nor a path.
         ValueError: If the ground truth is no COCO data set, an annotation has a category that is
             not listed, or a detection is incomplete, of a wrong type, not finite, negative in size,
-            or of an image or category that does not exist.
+            or of an image or category that does not exist; if `max_detections` is no positive
+            integer.
 
     Examples:
         >>> person = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [20, 30, 8, 16]}
@@ -119,10 +123,13 @@ def evaluate_tiny(
         >>> {key: round(results[key], 3) for key in ("AP50_tiny", "AP75_tiny", "MR50_small")}
         {'AP50_tiny': 1.0, 'AP75_tiny': 0.0, 'MR50_small': -1.0}
     """
+    if type(max_detections) is not int or max_detections < 1:
+        raise ValueError(f"max_detections: expected a positive integer, found {max_detections}")
     truths, images, categories = _truths(ground_truth)
-    found = _detections(detections, images, categories)
+    limit = max(max_detections, _MR_DETECTIONS)
+    found = _detections(detections, images, categories, limit)
     data = truths, found, _overlaps(truths, found), len(images), len(categories)
-    return _precisions(*data) | _miss_rates(*data, quirks=quirks)
+    return _precisions(*data, max_detections) | _miss_rates(*data, quirks)
 
 
 def format_tiny(results: Mapping[str, float]) -> str:
@@ -206,7 +213,9 @@ def _visible(entry: Mapping[str, Any]) -> float:
     return vis[3] / height * (vis[2] / width) if vis and width * height else 1.0
 
 
-def _detections(results: Any, images: dict[Id, int], categories: dict[Id, int]) -> _Detections:
+def _detections(
+    results: Any, images: dict[Id, int], categories: dict[Id, int], limit: int
+) -> _Detections:
     name, found = _coco.read_detections(results, "detections", list(images))
     category = np.empty(len(found.entries), np.int64)
     for index, entry in enumerate(found.entries):
@@ -220,7 +229,7 @@ def _detections(results: Any, images: dict[Id, int], categories: dict[Id, int]) 
     cell, bbox, score = found.image_index + len(images) * category, found.boxes, found.scores
     by = np.lexsort((-score, cell))
     rank = np.arange(len(by)) - np.searchsorted(cell[by], cell[by])
-    by, rank = by[rank < _MR_DETECTIONS], rank[rank < _MR_DETECTIONS]
+    by, rank = by[rank < limit], rank[rank < limit]
     return _Detections(cell[by], bbox[by], bbox[by, 2] * bbox[by, 3], score[by], rank)
 
 
@@ -243,7 +252,12 @@ def _overlaps(truths: _Truths, found: _Detections) -> _Pairs:
 
 
 def _precisions(
-    truths: _Truths, found: _Detections, pairs: _Pairs, num_images: int, num_categories: int
+    truths: _Truths,
+    found: _Detections,
+    pairs: _Pairs,
+    num_images: int,
+    num_categories: int,
+    max_detections: int,
 ) -> dict[str, float]:
     """AP and AR.
 
@@ -281,7 +295,7 @@ def _precisions(
             # nor wrong. Left out, it changes nothing and saves time.
             useful = (found.area >= low) & (found.area <= high)
             useful[pairs.detection[~ignored[pairs.truth]]] = True
-            useful &= found.rank < _AP_DETECTIONS
+            useful &= found.rank < max_detections
             evaluation = COCOeval_faster(
                 COCO({**table, "annotations": rows(truths, "iscrowd", ignored.astype(int))}),
                 COCO({**table, "annotations": list(compress(detections, useful))}),
@@ -290,7 +304,7 @@ def _precisions(
             evaluation.params.iouThrs = np.array(_IOUS)
             evaluation.params.areaRng = [[low, high]]
             evaluation.params.areaRngLbl = [name]
-            evaluation.params.maxDets = [_AP_DETECTIONS]
+            evaluation.params.maxDets = [max_detections]
             evaluation.evaluate()
             evaluation.accumulate()
             precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
@@ -321,6 +335,7 @@ def _miss_rates(
     for name, (low, high) in _SIZES.items():
         ignored = truths.mr_ignored | (truths.size < low) | (truths.size > high)
         kept = (size >= low / _SIZE_MARGIN) & (size < high * _SIZE_MARGIN)
+        kept &= found.rank < _MR_DETECTIONS
         for iou in _IOUS:
             candidates = kept[pairs.detection] & ~ignored[pairs.truth] & (pairs.iou >= iou)
             right = _match(pairs.detection[candidates], pairs.truth[candidates], len(kept))

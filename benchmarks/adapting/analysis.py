@@ -10,48 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.adapting.experiment import (
-    ADAPTED,
-    ESTIMATED,
-    FIRST,
-    HALF,
-    LARGER,
-    LEARNABLE,
-    NONE,
-    SCALE,
-    STOCK,
-)
+from benchmarks.adapting.rows import FITS, Row
 from benchmarks.intervals import Mean, mean_of, paired, rank_correlation, resampled
-from benchmarks.records import Record
+from benchmarks.records import Record, by_seed, settings
 
 MEASURE = "AP50_all"
-FITS = (STOCK, SCALE, ADAPTED, LARGER)
-NAMES = {
-    STOCK: "stock",
-    SCALE: "best anchors",
-    ADAPTED: "anchors and finer level",
-    LARGER: "larger input",
-    HALF: "factors of .5",
-    ESTIMATED: "S-alpha",
-    LEARNABLE: "learnable",
-    FIRST: "first function",
-    NONE: "factors of 0",
-}
-# All that may differ between two runs that are compared.
-_ROW = ("data", "row", "seed", "finer_level", "anchor_scale", "input_scale")
+# All that may differ between two runs that are compared; the last four belong to the data set.
+_VARIED = (
+    *("data", "row", "seed", "finer_level", "anchor_scale", "input_scale"),
+    *("steps", "crop", "train", "val"),
+)
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Records that differ in nothing but data set, row and seed.
+    """Records that differ in nothing but data set, row and seed."""
 
-    Attributes:
-        setting: What they have in common.
-        by_row: Records by data set, row and seed.
-    """
-
-    setting: dict[str, Any]
-    by_row: dict[str, dict[str, dict[int, Record]]]
+    setting: dict[str, Any]  # what they have in common
+    by_row: dict[str, dict[str, dict[int, Record]]]  # records by data set, row and seed
 
     def values(self, data: str, row: str, measure: str = MEASURE) -> dict[int, float]:
         """A figure by seed, in percent; a run that diverged has found nothing."""
@@ -66,10 +42,14 @@ class Runs:
         """How much better a row is than another: mean of the differences of seeds."""
         return mean_of(paired(self.values(data, row, measure), self.values(data, other, measure)))
 
+    def gains(self, row: str, other: str) -> dict[str, Mean]:
+        """`gain` of each data set that has both rows."""
+        found = {data: self.gain(data, row, other) for data in self.by_row}
+        return {data: gain for data, gain in found.items() if gain.count}
+
     def over_sets(self, row: str, other: str) -> Mean:
         """The mean of `gain` over data sets, with the interval over them."""
-        gains = [self.gain(data, row, other) for data in self.by_row]
-        return mean_of([gain.mean for gain in gains if gain.count])
+        return mean_of([gain.mean for gain in self.gains(row, other).values()])
 
     def any(self, data: str, row: str) -> Record:
         """The record of one seed, for what does not depend on it."""
@@ -86,42 +66,23 @@ class Runs:
 
 def studies(records: Sequence[Record]) -> dict[str, list[Runs]]:
     """Records by study, and in each by what its runs have in common."""
-    found: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        setting = _setting(record)
-        found[record["config"]["study"]][repr(sorted(setting.items()))].append(record)
-    return {study: [_runs(group) for group in groups.values()] for study, groups in found.items()}
-
-
-def _setting(record: Record) -> dict[str, Any]:
-    # Steps and crops belong to the data set.
-    own = (*_ROW, "steps", "crop", "train", "val")
-    return {name: value for name, value in record["config"].items() if name not in own}
-
-
-def _runs(group: Sequence[Record]) -> Runs:
-    by_row: dict[str, dict[str, dict[int, Record]]] = {}
-    for record in group:
-        config = record["config"]
-        rows = by_row.setdefault(config["data"], {})
-        rows.setdefault(config["row"], {})[config["seed"]] = record
-    return Runs(_setting(group[0]), by_row)
+    found: dict[str, list[Runs]] = defaultdict(list)
+    for group in settings(records, _VARIED):
+        common = {k: v for k, v in group[0]["config"].items() if k not in _VARIED}
+        rows: dict[str, dict[str, dict[int, Record]]] = defaultdict(dict)
+        for (data, row), runs in by_seed(group, "data", "row").items():
+            rows[data][row] = runs
+        found[common["study"]].append(Runs(common, rows))
+    return found
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Whether reach predicts AP over the rows of a data set.
-
-    Attributes:
-        by_data: Spearman's rank correlation of reach and mean AP over the rows of each data set.
-        mean: Of these.
-        low: Of the 95 % interval of the mean, over resampled data sets.
-        high: Likewise.
-    """
+    """Spearman's rank correlation of reach and mean AP over the rows of each data set."""
 
     by_data: dict[str, float]
     mean: float
-    low: float
+    low: float  # of the 95 % interval of the mean, over resampled data sets
     high: float
 
 
@@ -137,12 +98,14 @@ def prediction(runs: Runs) -> Prediction:
     return Prediction(by_data, float(values.mean()), low, high)
 
 
-def regrets(runs: Runs, among: Sequence[str] = (STOCK, SCALE, ADAPTED)) -> dict[str, float]:
+def regrets(
+    runs: Runs, among: Sequence[str] = (Row.STOCK, Row.SCALE, Row.ADAPTED)
+) -> dict[str, float]:
     """By data set, how far the best row by reach is below the best one by AP, in points."""
     found = {}
     for data in runs.by_row:
         rows = runs.rows(data, among)
-        if ADAPTED in rows:
+        if Row.ADAPTED in rows:
             means = {row: runs.mean(data, row).mean for row in rows}
-            found[data] = max(means.values()) - means[ADAPTED]
+            found[data] = max(means.values()) - means[Row.ADAPTED]
     return found

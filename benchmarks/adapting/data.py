@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from alphafpn.demo.training import as_coco
+
 FOLDER = "ALPHAFPN_DATA"
 _LEFT = 0.49  # of a box's area, for it to be kept; otherwise it is painted over, as ignored ones
 _PAINT = 115  # grey value
@@ -25,25 +28,15 @@ _PAINT = 115  # grey value
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set comes from, and what is cut from it.
+    """Where a data set comes from, and what is cut from it."""
 
-    Attributes:
-        folder: Below the folder of all real data.
-        classes: Category ids that are learnt; others are painted over. They become 1, 2, ...
-        train: Number of crops to train on.
-        val: Number of crops to evaluate on.
-        side: Of the crops, in pixels; 0: whole images.
-        size: (width, height) that each image is resized to first; None: as it is.
-        merged: Whether all classes become one.
-    """
-
-    folder: str
-    classes: tuple[int, ...]
-    train: int
+    folder: str  # below the folder of all real data
+    classes: tuple[int, ...]  # category ids that become 1, 2, ...; others are painted over
+    train: int  # number of crops
     val: int
-    side: int = 0
-    size: tuple[int, int] | None = None
-    merged: bool = False
+    side: int = 0  # of the crops, in pixels; 0: whole images
+    size: tuple[int, int] | None = None  # (width, height) that images are resized to first
+    merged: bool = False  # all classes become one
 
 
 SOURCES = {
@@ -62,19 +55,12 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Part:
-    """Images of one size with their objects.
+    """Images of one size with their objects."""
 
-    Attributes:
-        pixels: Uint8 [N, 3, H, W].
-        boxes: Of each image, float32 xyxy [G_i, 4] in pixels.
-        labels: Of each image, int64 [G_i], from 1.
-        ignored: Regions of each image that count neither for nor against a detector, as `boxes`.
-    """
-
-    pixels: Tensor
-    boxes: list[Tensor]
-    labels: list[Tensor]
-    ignored: list[Tensor]
+    pixels: Tensor  # uint8 [N, 3, H, W]
+    boxes: list[Tensor]  # of each image, float32 xyxy [G_i, 4] in pixels
+    labels: list[Tensor]  # of each image, int64 [G_i], from 1
+    ignored: list[Tensor]  # regions that count neither for nor against a detector, as `boxes`
 
     @property
     def size(self) -> tuple[int, int]:
@@ -95,48 +81,24 @@ class Part:
 
     def coco(self, classes: int) -> dict[str, Any]:
         """The objects in COCO format, and regions ignored for all classes; ids are places."""
-        names = range(1, classes + 1)
         found: list[tuple[int, int, list[float], bool]] = []
         for image, labels in enumerate(self.labels):
             objects = zip(labels.tolist(), self.boxes[image].tolist(), strict=True)
             found += [(image, label, box, False) for label, box in objects]
-            found += [
-                (image, name, box, True) for box in self.ignored[image].tolist() for name in names
-            ]
-        annotations = [
-            {
-                "id": index,
-                "image_id": image,
-                "category_id": label,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": (x2 - x1) * (y2 - y1),
-                "ignore": ignore,
-            }
-            for index, (image, label, (x1, y1, x2, y2), ignore) in enumerate(found, 1)
-        ]
-        height, width = self.size
-        images = [{"id": i, "width": width, "height": height} for i in range(len(self.boxes))]
-        categories = [{"id": name, "name": str(name)} for name in names]
-        return {"images": images, "annotations": annotations, "categories": categories}
+            regions = itertools.product(self.ignored[image].tolist(), range(1, classes + 1))
+            found += [(image, label, box, True) for box, label in regions]
+        return as_coco(found, len(self.boxes), self.size, classes)
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a run trains on, and what it is evaluated on.
-
-    Attributes:
-        name: What records call it.
-        train: To train on: each image, then each mirrored.
-        val: To evaluate on.
-        classes: How many, without the background.
-        truth: The objects of `val` in COCO format.
-    """
+    """What a run trains on, and what it is evaluated on."""
 
     name: str
-    train: Part
+    train: Part  # each image, then each mirrored
     val: Part
-    classes: int
-    truth: dict[str, Any]
+    classes: int  # without the background
+    truth: dict[str, Any]  # the objects of `val` in COCO format
 
     def items(self) -> list[tuple[tuple[int, int], Tensor]]:
         """What is counted: size and boxes of each image to train on."""
@@ -145,13 +107,7 @@ class DataSet:
 
 @functools.cache
 def load(name: str) -> DataSet:
-    """Reads a data set; its crops are the same for all seeds.
-
-    Raises:
-        ValueError: If there is none of that name, or the folder of the data is not known.
-    """
-    if name not in SOURCES:
-        raise ValueError(f"data: expected one of {', '.join(SOURCES)}, found {name!r}")
+    """Reads a data set; its crops are the same for all seeds."""
     folder = os.environ.get(FOLDER)
     if not folder:
         raise ValueError(f"{FOLDER}: expected the folder of the real data, found nothing")

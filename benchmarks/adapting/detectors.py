@@ -32,13 +32,10 @@ _BOX_FEATURES = 256
 def stock(kind: str, classes: int, size: tuple[int, int]) -> Any:
     """A detector as torchvision's builders make it, apart from its size.
 
-    Levels, anchors, losses and first weights are torchvision's. Each part of a dense head has two
-    convolutions, where the builders have four. Images stay as large as they are.
-
-    Args:
-        kind: `retinanet` or `fcos` (P3 to P7), or `fasterrcnn` (P2 to P6).
-        classes: How many, without the background.
-        size: (height, width) of the images.
+    `kind` is `retinanet` or `fcos` (P3 to P7), or `fasterrcnn` (P2 to P6); `classes` are without
+    the background. Levels, anchors, losses and first weights are torchvision's. Each part of a
+    dense head has two convolutions, where the builders have four. Images of `size` (height, width)
+    stay as large as they are.
     """
     taps, widths, extra = TAPS[1:], WIDTHS[1:], LastLevelP6P7(CHANNELS, CHANNELS)
     if kind == "fasterrcnn":
@@ -80,13 +77,7 @@ class _Kept(nn.Module):
 
 @torch.no_grad()
 def frozen_maps(model: Any, pixels: Tensor, at_once: int = 32) -> Tensor:
-    """What the parts that are never trained make of images, after the detector's own transform.
-
-    Args:
-        model: A detector of `stock`, adapted or not.
-        pixels: Uint8 [N, 3, H, W].
-        at_once: Images in a batch.
-    """
+    """What the parts that are never trained make of transformed images, uint8 [N, 3, H, W]."""
     frozen = nn.Sequential(*(model.backbone.body[name] for name in FROZEN))
     maps = []
     for part in pixels.split(at_once):
@@ -111,9 +102,7 @@ def keep_maps(model: Any) -> _Kept:
 def keep_matches(model: RetinaNet, matches: dict[int, Tensor]) -> None:
     """Makes RetinaNet's loss look up which anchor is for which object, in place.
 
-    Args:
-        model: The detector.
-        matches: By a target's `row`: what the detector's matcher found. Filled as needed.
+    `matches` holds, by a target's `row`, what the detector's matcher found. It is filled as needed.
     """
 
     def compute_loss(

@@ -21,20 +21,13 @@ from alphafpn import (
     fold_alpha,
     patch_detector,
 )
-from alphafpn.demo.training import as_results
+from alphafpn.demo.training import as_results, rows
 from benchmarks.adapting.data import DataSet, load
 from benchmarks.adapting.detectors import frozen_maps, keep_maps, keep_matches, stock
+from benchmarks.adapting.rows import Row
 from benchmarks.records import Record, environment, key_of
-from benchmarks.training import adamw, figures, rows, train
+from benchmarks.training import adamw, figures, train
 
-STOCK, SCALE, ADAPTED, LARGER = "stock", "scale", "adapted", "larger input"
-HALF, NONE, ESTIMATED, LEARNABLE, FIRST = (
-    f"{ADAPTED}, {kind}"
-    for kind in ("alpha = 0.5", "alpha = 0", "S-alpha", "learnable", "first function")
-)
-FACTORS = (HALF, NONE, ESTIMATED, LEARNABLE, FIRST)
-ROWS = (STOCK, SCALE, ADAPTED, LARGER, *FACTORS)
-STOCK_HALF, STOCK_ESTIMATED = (f"{STOCK}, {kind}" for kind in ("alpha = 0.5", "S-alpha"))
 FIGURES = ("AP50_all", "AP50_tiny", "AP25_all", "AP75_all")
 _PER_CLASS = ("cells4",)  # data sets whose classes differ in size
 _AT_ONCE = 20  # images that are evaluated together
@@ -50,12 +43,12 @@ def compared(data: str, kind: str) -> AnchorComparison:
 def fit_of(row: str, data: str, kind: str) -> AnchorFit:
     """The row of the comparison that a row of the experiment is."""
     comparison = compared(data, kind)
-    if row.startswith(ADAPTED):
+    if row.startswith(Row.ADAPTED):
         return comparison.best
     as_it_is, best_scale = comparison.rows[:2]
-    if row == LARGER:
+    if row == Row.LARGER:
         return next(fit for fit in comparison.rows if fit.input_scale == 2)
-    return best_scale if row == SCALE and kind != "fcos" else as_it_is
+    return best_scale if row == Row.SCALE and kind != "fcos" else as_it_is
 
 
 @functools.cache
@@ -75,29 +68,13 @@ def _matches(data: str, anchors: Any) -> dict[int, Tensor]:
 
 
 def run(config: Record, folder: Path) -> Record:
-    """Trains and evaluates.
+    """Trains and evaluates; returns the record, whose figures are None if training diverged.
 
-    Args:
-        config: See `plan.configuration`.
-        folder: Where weights of whole detectors are kept, for runs that start from one.
-
-    Returns:
-        The record. Figures are in percent, and None where training diverged.
+    `folder` keeps weights of whole detectors, for runs that start from one.
     """
     began = time.monotonic()
     data = load(config["data"])
     model, fit, alpha = prepared(config, data, folder)
-    settings = {
-        "finer_level": fit.finer_level,
-        "anchor_scale": fit.anchor_scale,
-        "input_scale": fit.input_scale,
-    }
-    counted = {
-        "alpha": alpha,
-        "reached": round(fit.reached, 4),
-        "cost": round(fit.cost, 3),
-        "anchor_sizes": [[round(size, 2) for size in level] for level in fit.anchor_sizes],
-    }
     losses, diverged, trained = _train(model, data, config, fit.input_scale)
     found: Record = {"diverged": diverged, **dict.fromkeys(FIGURES)}
     if not diverged:
@@ -107,9 +84,17 @@ def run(config: Record, folder: Path) -> Record:
             found["AP50_all_per_class"] = _per_class(data, results)
     learnt = getattr(model.backbone.fpn, "alpha", None)
     return {
-        "config": {**config, **settings},
+        "config": {
+            **config,
+            "finer_level": fit.finer_level,
+            "anchor_scale": fit.anchor_scale,
+            "input_scale": fit.input_scale,
+        },
         **found,
-        **counted,
+        "alpha": alpha,
+        "reached": round(fit.reached, 4),
+        "cost": round(fit.cost, 3),
+        "anchor_sizes": [[round(size, 2) for size in level] for level in fit.anchor_sizes],
         "alpha_after": learnt if learnt is None else [round(v, 3) for v in learnt.tolist()],
         "loss": losses,
         "seconds": round(time.monotonic() - began, 1),
@@ -135,7 +120,7 @@ def prepared(
         fit = dataclasses.replace(
             fit, anchor_scale=config["scale"], anchor_sizes=sizes, reached=math.nan
         )
-    elif not row.startswith(STOCK):
+    elif not row.startswith(Row.STOCK):
         adapt_detector(model, fit)
     if fit.finer_level and config["finer_start"] != "default":
         start_finer_level(model, config["finer_start"])
@@ -145,17 +130,17 @@ def prepared(
     if "radius" in config:
         model.center_sampling_radius = config["radius"]
     alpha = None
-    if row in (ESTIMATED, FIRST, STOCK_ESTIMATED):
+    if row in (Row.ESTIMATED, Row.FIRST, Row.STOCK_ESTIMATED):
         # What `estimate_alpha_for` gives for the adapted detector.
         alpha = [round(factor, 4) for factor in fit.estimate]
-    if row == FIRST:
+    if row == Row.FIRST:
         fold_alpha(patch_detector(model, alpha))
     kinds = {
-        **dict.fromkeys((HALF, STOCK_HALF), 0.5),
-        **dict.fromkeys((ESTIMATED, STOCK_ESTIMATED), alpha),
-        NONE: 0.0,
-        LEARNABLE: LearnableAlpha(0.5),
-        FIRST: 1.0,
+        **dict.fromkeys((Row.HALF, Row.STOCK_HALF), 0.5),
+        **dict.fromkeys((Row.ESTIMATED, Row.STOCK_ESTIMATED), alpha),
+        Row.NONE: 0.0,
+        Row.LEARNABLE: LearnableAlpha(0.5),
+        Row.FIRST: 1.0,
     }
     if row in kinds:
         patch_detector(model, kinds[row])
@@ -165,10 +150,8 @@ def prepared(
 def start_finer_level(model: Any, how: str) -> None:
     """Sets the first weights of the finer level's blocks, in place.
 
-    Args:
-        model: An adapted detector.
-        how: `random`, as torchvision initialises them; or `copy`: a lateral convolution of zeros
-            and the weights of the next level's output convolution.
+    `random`: as torchvision initialises them. `copy`: a lateral convolution of zeros, and the
+    weights of the next level's output convolution.
     """
     fpn = model.backbone.fpn
     lateral, output = fpn.inner_blocks[0][0], fpn.layer_blocks[0][0]
@@ -186,7 +169,7 @@ def whole(data: str, kind: str, folder: Path) -> dict[str, Tensor]:
     """Weights of a stock detector that was trained on a data set; trained once, then kept."""
     from benchmarks.adapting.plan import configuration
 
-    config = configuration(data, STOCK, 0, detector=kind, study="whole")
+    config = configuration(data, Row.STOCK, 0, detector=kind, study="whole")
     path = folder / f"{key_of(config)}.pt"
     if not path.exists():
         found = load(data)

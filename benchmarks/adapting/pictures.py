@@ -6,33 +6,23 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.adapting.analysis import FITS, NAMES, Runs
-from benchmarks.adapting.experiment import (
-    ADAPTED,
-    ESTIMATED,
-    FIRST,
-    HALF,
-    LARGER,
-    LEARNABLE,
-    NONE,
-    SCALE,
-    STOCK,
-)
+from benchmarks.adapting.analysis import Runs
+from benchmarks.adapting.rows import FITS, NAMES, Row
 
 _COLOURS = {
-    STOCK: "#9e9e9e",
-    SCALE: "#8fb8de",
-    ADAPTED: "#1f5f99",
-    HALF: "#3a9a5b",
-    ESTIMATED: "#b3446c",
-    LARGER: "#e0a030",
+    Row.STOCK: "#9e9e9e",
+    Row.SCALE: "#8fb8de",
+    Row.ADAPTED: "#1f5f99",
+    Row.HALF: "#3a9a5b",
+    Row.ESTIMATED: "#b3446c",
+    Row.LARGER: "#e0a030",
 }
 _SIZE = 13  # of letters, so that a picture can be read at 400 pixels
 
 
 def draw_steps(figure: Any, runs: Runs) -> None:
     """A panel for each data set, a bar for each step, with its interval."""
-    rows = (STOCK, SCALE, ADAPTED, HALF, ESTIMATED, LARGER)
+    rows = (Row.STOCK, Row.SCALE, Row.ADAPTED, Row.HALF, Row.ESTIMATED, Row.LARGER)
     figure.set_size_inches(6.2, 7.6)
     panels = figure.subplots(4, 2, sharex=True).ravel()
     for axes, data in zip(panels, runs.by_row, strict=False):
@@ -67,16 +57,18 @@ def draw_steps(figure: Any, runs: Runs) -> None:
 
 def draw_cost(figure: Any, runs: Runs) -> None:
     """Gain over stock against operations: dots for data sets, a diamond for their mean."""
-    rows = (STOCK, SCALE, ADAPTED, LARGER)
+    rows = (Row.STOCK, Row.SCALE, Row.ADAPTED, Row.LARGER)
     figure.set_size_inches(6.2, 3.8)
     axes = figure.subplots()
     for data in runs.by_row:
         for row in runs.rows(data, rows[1:]):
             cost = runs.average(data, row, "cost")
-            axes.plot(cost, runs.gain(data, row, STOCK).mean, "o", color=_COLOURS[row], alpha=0.45)
+            axes.plot(
+                cost, runs.gain(data, row, Row.STOCK).mean, "o", color=_COLOURS[row], alpha=0.45
+            )
     for row in rows[1:]:
         costs = [runs.average(data, row, "cost") for data in runs.by_row if runs.rows(data, [row])]
-        mean = runs.over_sets(row, STOCK)
+        mean = runs.over_sets(row, Row.STOCK)
         style = {"ms": 11, "capsize": 4, "color": _COLOURS[row], "label": NAMES[row]}
         axes.errorbar(np.mean(costs), mean.mean, yerr=np.nan_to_num(mean.half), fmt="D", **style)
     axes.axhline(0, color="grey", lw=0.8)
@@ -107,7 +99,7 @@ def draw_reach(figure: Any, runs: Runs) -> None:
                     mfc="white" * (style == "s") or None,
                     label=label,
                 )
-    axes.plot([], [], "s", color="grey", mfc="white", label=NAMES[LARGER])
+    axes.plot([], [], "s", color="grey", mfc="white", label=NAMES[Row.LARGER])
     axes.set_xlabel("boxes that reach IoU .5, %", fontsize=_SIZE)
     axes.set_ylabel("AP50", fontsize=_SIZE)
     axes.tick_params(labelsize=_SIZE - 1)
@@ -116,18 +108,18 @@ def draw_reach(figure: Any, runs: Runs) -> None:
 
 def draw_factors(figure: Any, runs: Runs) -> None:
     """Gain of each kind of factor over factors of 1: data sets as dots, their mean as a diamond."""
-    rows = [HALF, ESTIMATED, LEARNABLE, FIRST, NONE]
+    rows = [Row.HALF, Row.ESTIMATED, Row.LEARNABLE, Row.FIRST, Row.NONE]
     figure.set_size_inches(6.2, 4.2)
     axes = figure.subplots()
     for place, row in enumerate(rows):
         for index, data in enumerate(runs.by_row):
-            gain = runs.gain(data, row, ADAPTED)
+            gain = runs.gain(data, row, Row.ADAPTED)
             offset = place + 0.07 * (index - 3)
             axes.errorbar(
                 gain.mean, offset, xerr=np.nan_to_num(gain.half), fmt="o", color=f"C{index}",
                 label=data if place == 0 else None, lw=1,
             )  # fmt: skip
-        axes.plot(runs.over_sets(row, ADAPTED).mean, place, "D", color="black", ms=8)
+        axes.plot(runs.over_sets(row, Row.ADAPTED).mean, place, "D", color="black", ms=8)
     axes.axvline(0, color="grey", lw=0.8)
     axes.set_yticks(range(len(rows)), [NAMES[row] for row in rows], fontsize=_SIZE)
     axes.invert_yaxis()

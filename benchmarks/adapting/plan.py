@@ -7,18 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.adapting.data import SOURCES
-from benchmarks.adapting.experiment import (
-    ADAPTED,
-    ESTIMATED,
-    FACTORS,
-    HALF,
-    LARGER,
-    ROWS,
-    SCALE,
-    STOCK,
-    STOCK_ESTIMATED,
-    STOCK_HALF,
-)
+from benchmarks.adapting.rows import FACTORS, FITS, Row
 from benchmarks.records import Record
 
 DATA = ("cells4", "cells8", "people", "hituav", "dots", "dsb2018", "insects")
@@ -29,14 +18,7 @@ _LARGER_SEEDS = 3
 
 
 def configuration(data: str, row: str, seed: int, **changes: Any) -> Record:
-    """What a run is.
-
-    Args:
-        data: Name of the data set.
-        row: Name of the row.
-        seed: Of first weights and order.
-        changes: Other values than those of the main study.
-    """
+    """What a run is: that of the main study with some values changed."""
     source = SOURCES[data]
     config = {
         "study": "main",
@@ -58,20 +40,20 @@ def configuration(data: str, row: str, seed: int, **changes: Any) -> Record:
 
 def _main(seed: int) -> Iterator[Record]:
     """All data sets and rows; the costly larger input for the first seeds alone."""
-    for data, row in itertools.product(DATA, ROWS):
-        if row != LARGER or seed < _LARGER_SEEDS:
+    for data, row in itertools.product(DATA, (*FITS, *FACTORS)):
+        if row != Row.LARGER or seed < _LARGER_SEEDS:
             yield configuration(data, row, seed)
 
 
 def _factors(seed: int) -> Iterator[Record]:
     """Further seeds of the main study for the factors on people."""
-    for row in (ADAPTED, *FACTORS):
+    for row in (Row.ADAPTED, *FACTORS):
         yield configuration("people", row, 5 + seed)
 
 
 def _order(seed: int) -> Iterator[Record]:
     """Factors on a detector that was not adapted."""
-    for data, row in itertools.product(DATA, (STOCK_HALF, STOCK_ESTIMATED)):
+    for data, row in itertools.product(DATA, (Row.STOCK_HALF, Row.STOCK_ESTIMATED)):
         yield configuration(data, row, seed, study="order")
 
 
@@ -82,12 +64,14 @@ def _starts(seed: int) -> Iterator[Record]:
     """
     ways = (("cells2", "copy"), ("cells2", "random"), ("imagenet", "copy"))
     for data, (start, how) in itertools.product(("people", "dsb2018"), ways):
-        yield configuration(data, ADAPTED, seed, study="starts", start=start, finer_start=how)
+        yield configuration(data, Row.ADAPTED, seed, study="starts", start=start, finer_start=how)
 
 
 def _long(seed: int) -> Iterator[Record]:
     """Four times the steps."""
-    for data, row in itertools.product(("hituav", "dots"), (STOCK, ADAPTED, HALF, ESTIMATED)):
+    for data, row in itertools.product(
+        ("hituav", "dots"), (Row.STOCK, Row.ADAPTED, Row.HALF, Row.ESTIMATED)
+    ):
         yield configuration(data, row, seed, study="long", steps=4 * STEPS[data])
 
 
@@ -97,18 +81,20 @@ def _heads(seed: int) -> Iterator[Record]:
     A scale keeps FCOS's radius in pixels; with `radius`, in cells.
     """
     for data in ("people", "dsb2018"):
-        for row in (STOCK, ADAPTED):
+        for row in (Row.STOCK, Row.ADAPTED):
             yield configuration(data, row, seed, study="heads", detector="fcos")
             yield configuration(data, row, seed, study="heads", detector="fasterrcnn")
-        yield configuration(data, ADAPTED, seed, study="heads", detector="fasterrcnn", roi="scaled")
+        yield configuration(
+            data, Row.ADAPTED, seed, study="heads", detector="fasterrcnn", roi="scaled"
+        )
         for changes in ({"scale": 0.5}, {"scale": 0.5, "radius": 1.5}):
-            yield configuration(data, SCALE, seed, study="heads", detector="fcos", **changes)
+            yield configuration(data, Row.SCALE, seed, study="heads", detector="fcos", **changes)
 
 
 def _rates(seed: int) -> Iterator[Record]:
     """The learning rate, on seeds of their own."""
     for data, row, rate in itertools.product(
-        ("people", "dsb2018"), (STOCK, ADAPTED), (5e-4, 1e-3, 2e-3, 4e-3)
+        ("people", "dsb2018"), (Row.STOCK, Row.ADAPTED), (5e-4, 1e-3, 2e-3, 4e-3)
     ):
         yield configuration(data, row, 100 + seed, study="rates", lr=rate)
 

@@ -9,16 +9,8 @@ from typing import TypeAlias
 import numpy as np
 
 from benchmarks.adapting import pictures
-from benchmarks.adapting.analysis import FITS, NAMES, Runs, prediction, regrets, studies
-from benchmarks.adapting.experiment import (
-    ADAPTED,
-    ESTIMATED,
-    FACTORS,
-    HALF,
-    LARGER,
-    SCALE,
-    STOCK,
-)
+from benchmarks.adapting.analysis import Runs, prediction, regrets, studies
+from benchmarks.adapting.rows import FACTORS, FITS, NAMES, Row
 from benchmarks.intervals import mean_of, paired
 from benchmarks.markdown import fill, fold, save, table
 from benchmarks.records import Record
@@ -72,15 +64,10 @@ def write(records: Sequence[Record], docs: Path) -> None:
 def in_short(records: Sequence[Record]) -> str:
     """What adapting gives, in a sentence for the README."""
     (main,) = studies(records)["main"]
-    gains = {
-        row: [
-            gain.mean
-            for gain in (main.gain(data, row, other) for data in main.by_row)
-            if gain.count
-        ]
-        for row, other in ((ADAPTED, STOCK), (HALF, ADAPTED))
-    }
-    fitted, halved = gains[ADAPTED], gains[HALF]
+    fitted, halved = (
+        [gain.mean for gain in main.gains(row, other).values()]
+        for row, other in ((Row.ADAPTED, Row.STOCK), (Row.HALF, Row.ADAPTED))
+    )
     return (
         f"In short trainings from ImageNet's weights on {len(fitted)} sets of real images, "
         f"adapting gained **{min(fitted):.0f} to {max(fitted):.0f} points** of AP50, "
@@ -92,21 +79,20 @@ def in_short(records: Sequence[Record]) -> str:
 
 def expected(runs: Runs) -> str:
     """Reached boxes, AP50 and cost of each way to fit, in one table."""
-    lines = [
-        [
-            data,
-            *(
-                f"{runs.average(data, row, 'reached'):.0%}, {runs.mean(data, row).mean:.1f}"
-                if runs.rows(data, [row])
-                else ""
-                for row in FITS
-            ),
-        ]
-        for data in runs.by_row
-    ]
+    lines = [[data, *_reached(runs, data)] for data in runs.by_row]
     costs = [f"{_over_stock(runs, row, 'cost'):.1f}" for row in FITS]
     head = ["boxes that reach IoU .5, AP50", *(NAMES[row] for row in FITS)]
     return table(head, [*lines, ["operations over stock's", *costs]])
+
+
+def _reached(runs: Runs, data: str) -> list[str]:
+    """Reached boxes and AP50 of each way to fit."""
+    return [
+        f"{runs.average(data, row, 'reached'):.0%}, {runs.mean(data, row).mean:.1f}"
+        if runs.rows(data, [row])
+        else ""
+        for row in FITS
+    ]
 
 
 def tables(found: dict[str, list[Runs]]) -> list[str]:
@@ -140,7 +126,7 @@ def answers(found: dict[str, list[Runs]], count: int) -> list[str]:
     lost, wider = (list(regrets(main, among).values()) for among in (FITS[:3], FITS))
     images = {name: f"![{text}](images/adapting-{name}.svg)" for name, (_, text) in _DRAWN.items()}
     operations, seconds = (
-        [f"{_over_stock(main, row, name):.1f}" for row in (ADAPTED, LARGER)]
+        [f"{_over_stock(main, row, name):.1f}" for row in (Row.ADAPTED, Row.LARGER)]
         for name in ("cost", "cpu_seconds_of_training")
     )
     return [
@@ -150,11 +136,11 @@ def answers(found: dict[str, list[Runs]], count: int) -> list[str]:
         "([set-up and tables](experiment-tables.md#adapting)). Gains are points of AP50: the mean "
         "of the data sets with its interval, then the least and the greatest.",
         "- **Anchors and a finer level**, `comparison.best` on every set: "
-        f"{_span(main, ADAPTED)}.\n"
-        f"- **The best anchors alone**, at no cost: {_span(main, SCALE)}.\n"
-        f"- **An input twice as large**, stock anchors: {_span(main, LARGER)}. The adapted "
-        f"detector against it: {_span(main, ADAPTED, LARGER)}.\n"
-        f"- **Factors of .5 on the adapted detector**: {_span(main, HALF, ADAPTED)}.",
+        f"{_span(main, Row.ADAPTED)}.\n"
+        f"- **The best anchors alone**, at no cost: {_span(main, Row.SCALE)}.\n"
+        f"- **An input twice as large**, stock anchors: {_span(main, Row.LARGER)}. The adapted "
+        f"detector against it: {_span(main, Row.ADAPTED, Row.LARGER)}.\n"
+        f"- **Factors of .5 on the adapted detector**: {_span(main, Row.HALF, Row.ADAPTED)}.",
         images["cost"],
         f"A finer level takes {operations[0]} times the operations of stock and {seconds[0]} times "
         f"its time of training; the larger input {operations[1]} and {seconds[1]} times. (What is "
@@ -169,17 +155,17 @@ def answers(found: dict[str, list[Runs]], count: int) -> list[str]:
         "### Do factors help the adapted detector?",
         images["factors"],
         "\n".join(
-            f"- **{NAMES[row][0].upper() + NAMES[row][1:]}**: {_span(main, row, ADAPTED)}."
+            f"- **{NAMES[row][0].upper() + NAMES[row][1:]}**: {_span(main, row, Row.ADAPTED)}."
             for row in FACTORS
         )
-        + f"\n- **S-alpha against .5**: {_span(main, ESTIMATED, HALF)}.",
+        + f"\n- **S-alpha against .5**: {_span(main, Row.ESTIMATED, Row.HALF)}.",
         "### In which order?",
         f"Levels and anchors first: on {_fits_gain_more(main)} of {len(main.by_row)} sets they "
         "gain more than the best kind of factor does afterwards "
-        f"({main.over_sets(ADAPTED, STOCK)} "
-        f"against {main.over_sets(HALF, ADAPTED)} for .5). Where the surroundings decide "
-        f"(`dots`), .5 changes AP50 by {main.gain('dots', HALF, ADAPTED)} and S-alpha by "
-        f"{main.gain('dots', ESTIMATED, ADAPTED)}. All of this is after 150 or 200 steps: "
+        f"({main.over_sets(Row.ADAPTED, Row.STOCK)} "
+        f"against {main.over_sets(Row.HALF, Row.ADAPTED)} for .5). Where the surroundings decide "
+        f"(`dots`), .5 changes AP50 by {main.gain('dots', Row.HALF, Row.ADAPTED)} and S-alpha by "
+        f"{main.gain('dots', Row.ESTIMATED, Row.ADAPTED)}. All of this is after 150 or 200 steps: "
         + (
             "two sets have [four times as many](experiment-tables.md#four-times-the-steps)."
             if "long" in found
@@ -191,22 +177,19 @@ def answers(found: dict[str, list[Runs]], count: int) -> list[str]:
 def _fits_gain_more(runs: Runs) -> int:
     """On how many data sets adapting gains more than any kind of factor does afterwards."""
     return sum(
-        runs.gain(data, ADAPTED, STOCK).mean
-        > max(runs.gain(data, row, ADAPTED).mean for row in runs.rows(data, FACTORS))
+        runs.gain(data, Row.ADAPTED, Row.STOCK).mean
+        > max(runs.gain(data, row, Row.ADAPTED).mean for row in runs.rows(data, FACTORS))
         for data in runs.by_row
         if runs.rows(data, FACTORS)
     )
 
 
-def _span(runs: Runs, row: str, other: str = STOCK) -> str:
+def _span(runs: Runs, row: str, other: str = Row.STOCK) -> str:
     """The mean gain over data sets with its interval, the least, the greatest, and how sure."""
-    gains = {data: runs.gain(data, row, other) for data in runs.by_row}
-    gains = {data: gain for data, gain in gains.items() if gain.count}
+    gains = runs.gains(row, other)
     least, greatest = (choose(gains, key=lambda d: gains[d].mean) for choose in (min, max))
-    above, below = (
-        sum(gain.low > 0 for gain in gains.values()),
-        sum(gain.high < 0 for gain in gains.values()),
-    )
+    above = sum(gain.low > 0 for gain in gains.values())
+    below = sum(gain.high < 0 for gain in gains.values())
     return (
         f"**{runs.over_sets(row, other)}** ({gains[least].mean:+.1f} on {least}, "
         f"{gains[greatest].mean:+.1f} on {greatest}); {above} of {len(gains)} intervals above 0, "
@@ -217,7 +200,7 @@ def _span(runs: Runs, row: str, other: str = STOCK) -> str:
 def _over_stock(runs: Runs, row: str, name: str) -> float:
     """Something of a row over that of stock, in the mean of the data sets."""
     sets = [data for data in runs.by_row if runs.rows(data, [row])]
-    values = [runs.average(data, row, name) / runs.average(data, STOCK, name) for data in sets]
+    values = [runs.average(data, row, name) / runs.average(data, Row.STOCK, name) for data in sets]
     return float(np.mean(values))
 
 
@@ -237,16 +220,20 @@ def differences(base: Line, others: Sequence[Line]) -> str:
     return table(["", *sets, "mean of the sets"], lines)
 
 
+def within(runs: Runs, base: str, rows: Sequence[str], label: str = "") -> str:
+    """`differences` of some rows of the same runs."""
+    others = [(NAMES[row], runs, row) for row in rows]
+    return differences((label or NAMES[base], runs, base), others)
+
+
 def steps(runs: Runs) -> str:
     """What each step adds, over stock and over the step before."""
-    over_stock = [(NAMES[row], runs, row) for row in (SCALE, ADAPTED, LARGER)]
-    before = (NAMES[SCALE], runs, SCALE), [(NAMES[ADAPTED], runs, ADAPTED)]
     return "\n\n".join(
         [
-            differences(("stock", runs, STOCK), over_stock),
+            within(runs, Row.STOCK, (Row.SCALE, Row.ADAPTED, Row.LARGER)),
             "Over the step before, and over the larger input:",
-            differences(*before),
-            differences((NAMES[LARGER], runs, LARGER), [(NAMES[ADAPTED], runs, ADAPTED)]),
+            within(runs, Row.SCALE, [Row.ADAPTED]),
+            within(runs, Row.LARGER, [Row.ADAPTED]),
         ]
     )
 
@@ -258,9 +245,9 @@ def cost(runs: Runs) -> str:
             NAMES[row],
             f"{_over_stock(runs, row, 'cost'):.2f}",
             f"{_over_stock(runs, row, 'cpu_seconds_of_training'):.2f}",
-            str(runs.over_sets(row, STOCK)),
+            str(runs.over_sets(row, Row.STOCK)),
         ]
-        for row in (SCALE, ADAPTED, LARGER)
+        for row in (Row.SCALE, Row.ADAPTED, Row.LARGER)
     ]
     return table(["", "operations / stock", "seconds of training / stock", "AP50 - stock"], lines)
 
@@ -268,20 +255,10 @@ def cost(runs: Runs) -> str:
 def reach(runs: Runs) -> str:
     """Reach and AP50 of each row; rank correlation; what the best row by reach loses."""
     found, lost = prediction(runs), regrets(runs)
-    head = [
-        "data",
-        *(f"{NAMES[row]}: reached, AP50" for row in FITS),
-        "rank correlation",
-        "regret",
-    ]
+    head = ["data", *(f"{NAMES[row]}: reached, AP50" for row in FITS), "rank correlation", "regret"]
     lines = []
     for data in runs.by_row:
-        cells = [
-            f"{runs.average(data, row, 'reached'):.0%}, {runs.mean(data, row).mean:.1f}"
-            if runs.rows(data, [row])
-            else ""
-            for row in FITS
-        ]
+        cells = _reached(runs, data)
         lines.append([data, *cells, f"{found.by_data[data]:.2f}", f"{lost.get(data, np.nan):.1f}"])
     wider = list(regrets(runs, FITS).values())
     text = (
@@ -297,10 +274,9 @@ def reach(runs: Runs) -> str:
 
 def factors(runs: Runs) -> str:
     """Paired differences to factors of 1, and of S-alpha to .5."""
-    lines = [(NAMES[row], runs, row) for row in FACTORS]
     parts = [
-        differences(("factors of 1", runs, ADAPTED), lines),
-        differences(("factors of .5", runs, HALF), [("S-alpha", runs, ESTIMATED)]),
+        within(runs, Row.ADAPTED, FACTORS, "factors of 1"),
+        within(runs, Row.HALF, [Row.ESTIMATED]),
     ]
     return "\n\n".join(parts)
 
@@ -310,8 +286,8 @@ def settings(runs: Runs) -> str:
     head = ["data", "images", "crop", "steps", "best row", "finest anchors, px", "S-alpha"]
     lines = []
     for data in runs.by_row:
-        record = runs.any(data, ADAPTED)
-        config, estimated = record["config"], runs.any(data, ESTIMATED)
+        record = runs.any(data, Row.ADAPTED)
+        config, estimated = record["config"], runs.any(data, Row.ESTIMATED)
         lines.append(
             [
                 data,
@@ -330,15 +306,14 @@ def _order(groups: list[Runs], main: Runs) -> str:
     (runs,) = groups
     rows = sorted({row for rows in runs.by_row.values() for row in rows})
     lines = [(row, runs, row) for row in rows]
-    return differences(("stock", main, STOCK), lines)
+    return differences(("stock", main, Row.STOCK), lines)
 
 
 def _long(groups: list[Runs], _: Runs) -> str:
     (runs,) = groups
-    lines = [(NAMES[row], runs, row) for row in (HALF, ESTIMATED)]
     parts = [
-        differences(("stock", runs, STOCK), [(NAMES[ADAPTED], runs, ADAPTED)]),
-        differences((NAMES[ADAPTED], runs, ADAPTED), lines),
+        within(runs, Row.STOCK, [Row.ADAPTED]),
+        within(runs, Row.ADAPTED, [Row.HALF, Row.ESTIMATED]),
     ]
     return "\n\n".join(parts)
 
@@ -355,7 +330,7 @@ def _heads(groups: list[Runs], _: Runs) -> str:
             by_kind.setdefault(setting["detector"], []).append(line)
     parts = []
     for lines in by_kind.values():
-        base = next(line for line in lines if line[2] == STOCK)
+        base = next(line for line in lines if line[2] == Row.STOCK)
         parts.append(differences(base, [line for line in lines if line is not base]))
     return "\n\n".join(parts)
 
@@ -366,8 +341,8 @@ def _starts(groups: list[Runs], main: Runs) -> str:
     names = {"imagenet": "ImageNet's body", "cells2": "a detector trained on larger cells"}
     parts = []
     for start, name in names.items():
-        base = f"from {name}; finer level: random", found[start, "random"], ADAPTED
-        parts.append(differences(base, [("zeros and a copy", found[start, "copy"], ADAPTED)]))
+        base = f"from {name}; finer level: random", found[start, "random"], Row.ADAPTED
+        parts.append(differences(base, [("zeros and a copy", found[start, "copy"], Row.ADAPTED)]))
     return "\n\n".join(parts)
 
 
@@ -376,6 +351,6 @@ def _rates(groups: list[Runs], _: Runs) -> str:
     lines = [
         [data, row, *(f"{rates[rate].mean(data, row).mean:.1f}" for rate in sorted(rates))]
         for data in groups[0].by_row
-        for row in (STOCK, ADAPTED)
+        for row in (Row.STOCK, Row.ADAPTED)
     ]
     return table(["data", "row", *(f"{rate:g}" for rate in sorted(rates))], lines)

@@ -8,26 +8,18 @@ import numpy as np
 
 from benchmarks.intervals import mean_of, paired
 from benchmarks.markdown import fold, table
-from benchmarks.records import Record
+from benchmarks.records import Record, by_seed
 
 _STAY, _JUMP = "stay at 1", "jump"
 _WHEN = {"before": "before", "after": "after the change", "ramped": "after 100 steps"}
 
 
 def section(records: Sequence[Record]) -> str:
-    """A foldable table for each optimizer and learning rate.
-
-    Raises:
-        ValueError: If runs of a seed started from different weights.
-    """
-    starts: dict[int, set[str]] = {}
+    """A foldable table for each optimizer and learning rate."""
     by_rate: dict[tuple[str, float], list[Record]] = {}
     for record in records:
         config = record["config"]
-        starts.setdefault(config["seed"], set()).add(record["start"])
         by_rate.setdefault((config["optimizer"], config["rate"]), []).append(record)
-    if mixed := sorted(seed for seed, found in starts.items() if len(found) > 1):
-        raise ValueError(f"seeds {mixed}: expected equal first weights, found different ones")
     return "\n\n".join(
         fold(f"{optimizer}, learning rate {rate:g}", by_way(by_rate[optimizer, rate]))
         for optimizer, rate in sorted(by_rate)
@@ -36,10 +28,7 @@ def section(records: Sequence[Record]) -> str:
 
 def by_way(records: Sequence[Record]) -> str:
     """A row for each target and way; differences are paired by seed."""
-    runs: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        config = record["config"]
-        runs.setdefault((config["target"], config["way"]), []).append(record)
+    runs = {kind: [*found.values()] for kind, found in by_seed(records, "target", "way").items()}
     ends = {kind: _values(found, "end") for kind, found in runs.items()}
     rows = []
     for (target, way), found in runs.items():

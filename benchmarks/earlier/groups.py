@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.intervals import paired, rank_correlation
-from benchmarks.records import Record
+from benchmarks.records import Record, by_seed
 
 BASELINE, ESTIMATED, HALF = "1", "S-alpha", "half-way"
 FIRST, RATES = "1 from S-alpha", "S-alpha from 1"
@@ -41,23 +41,14 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one data set under one regime.
+    """The runs of one data set under one regime."""
 
-    Attributes:
-        weights: What the backbone starts from: `scratch`, `pretrained` or `imagenet`.
-        optimizer: `adamw` or `sgd`.
-        rate: The highest learning rate.
-        steps: Optimizer steps.
-        data: Name of the data set.
-        runs: Records by kind of factors and seed.
-    """
-
-    weights: str
+    weights: str  # what the backbone starts from: a key of `_WEIGHTS`
     optimizer: str
-    rate: float
+    rate: float  # the highest
     steps: int
     data: str
-    runs: Mapping[str, Mapping[int, Record]]
+    runs: Mapping[str, Mapping[int, Record]]  # by kind of factors and seed
 
     @property
     def family(self) -> str:
@@ -152,18 +143,17 @@ class Group:
 def groups(records: Sequence[Record]) -> list[Group]:
     """Records by regime and data set, in the order in which they were first run."""
     found: dict[tuple[Any, ...], dict[str, dict[int, Record]]] = defaultdict(dict)
-    for record in records:
-        config = record["config"]
-        key = tuple(config[name] for name in _REGIME)
-        found[key].setdefault(_kind(config), {})[config["seed"]] = record
+    names = ("alpha", "start", "laterals")
+    for (*regime, alpha, start, laterals), runs in by_seed(records, *_REGIME, *names).items():
+        kind = alpha + f" from {start}" * bool(start) + ", equal laterals" * bool(laterals)
+        found[tuple(regime)][kind] = runs
     return [Group(*key, runs) for key, runs in found.items() if BASELINE in runs]
 
 
 def follow(found: Sequence[Group], predictor: Sequence[float]) -> tuple[float, float, float]:
-    """Whether the best constants are in the order of a predictor.
+    """Rank correlation of the best constants with a predictor, low and high.
 
-    Returns:
-        The rank correlation, and its 95 % interval over resampled data sets and seeds.
+    The 95 % interval is over resampled data sets and seeds.
     """
     rng = np.random.default_rng(0)
     values = []
@@ -180,13 +170,6 @@ def follow(found: Sequence[Group], predictor: Sequence[float]) -> tuple[float, f
 def _resampled_peak(group: Group, rng: np.random.Generator) -> float:
     columns = rng.integers(0, group.table.shape[1], group.table.shape[1])
     return group.constants[int(group.table[:, columns].mean(1).argmax())]
-
-
-def _kind(config: Mapping[str, Any]) -> str:
-    name: str = config["alpha"]
-    if config["start"]:
-        name += f" from {config['start']}"
-    return name + ", equal laterals" * bool(config["laterals"])
 
 
 def _is_number(kind: str) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.intervals import mean_of, paired
 from benchmarks.markdown import fold, table
-from benchmarks.records import Record
+from benchmarks.records import Record, by_seed, settings
 
 _MAIN = "AP50_tiny"
 _OTHERS = ("AP25_tiny", "AP75_tiny", "AP50_tiny1", "AP50_tiny2", "AP50_tiny3", "MR50_tiny")
@@ -20,17 +20,8 @@ _CHANGED = ("alpha", "start", "seed")
 
 def section(records: Sequence[Record]) -> str:
     """A foldable table for each setting, those with the most runs first."""
-    found = settings(records)
+    found = sorted(settings(records, _CHANGED), key=lambda runs: -len(runs))
     return "\n\n".join(fold(title(runs[0]["config"]), facts(runs), by_kind(runs)) for runs in found)
-
-
-def settings(records: Sequence[Record]) -> list[list[Record]]:
-    """Runs that differ in nothing but factors and seed."""
-    found: dict[str, list[Record]] = {}
-    for record in records:
-        common = {k: v for k, v in record["config"].items() if k not in _CHANGED}
-        found.setdefault(repr(sorted(common.items())), []).append(record)
-    return sorted(found.values(), key=lambda runs: -len(runs))
 
 
 def title(config: dict[str, Any]) -> str:
@@ -58,10 +49,7 @@ def facts(runs: Sequence[Record]) -> str:
 
 def by_kind(runs: Sequence[Record]) -> str:
     """A row for each kind of factors; differences to factors of 1 are paired by seed."""
-    kinds: dict[tuple[str, str], dict[int, Record]] = {}
-    for run in runs:
-        config = run["config"]
-        kinds.setdefault((config["alpha"], config["start"]), {})[config["seed"]] = run
+    kinds = by_seed(runs, "alpha", "start")
     good = {
         kind: {seed: run for seed, run in sorted(found.items()) if run["diverged_at"] is None}
         for kind, found in kinds.items()

@@ -30,14 +30,9 @@ _FLAGS = ("ignore", "uncertain", "iscrowd")
 
 
 class Split:
-    """The images and boxes of one annotation file, resized to one size, without dense images.
+    """The images and boxes of a COCO file, resized to (height, width), without dense images.
 
-    Args:
-        path: COCO annotations of one class.
-        images: Folder that file names start from.
-        size: (height, width) that images are resized to.
-        cache: Folder for the decoded images.
-        erase: Whether regions to ignore are painted over.
+    `cache` keeps the decoded images. With `erase`, regions to ignore are painted over.
 
     Attributes:
         coco: The annotations at that size, with the regions to ignore: what to evaluate against.
@@ -97,17 +92,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Batches:
-    """Random squares of a split's images, mirrored half of the time.
-
-    Attributes:
-        split: The images and boxes.
-        crop: Side of the squares.
-        batch: How many there are in a batch.
-        seed: Of order, places and mirroring.
-    """
+    """Random squares of a split's images, `batch` at a time, mirrored half of the time."""
 
     split: Split
-    crop: int
+    crop: int  # side of the squares
     batch: int
     seed: int
 
@@ -119,15 +107,9 @@ class Batches:
             step += 1
 
     def at(self, step: int, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """A batch.
+        """A batch: uint8 [B, crop, crop, 3], and of each image float32 [n, 4] (xyxy) on the CPU.
 
-        Args:
-            step: Its number.
-            pixels: The split's images, on any device.
-
-        Returns:
-            Pixels uint8 [B, crop, crop, 3] on that device; boxes float32 [n, 4] (xyxy) of each
-            image, on the CPU.
+        `pixels` are the split's images, on any device.
         """
         samples = [self._sample(pixels, step, place) for place in range(self.batch)]
         return torch.stack([crop for crop, _ in samples]), [boxes for _, boxes in samples]

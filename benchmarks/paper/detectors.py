@@ -21,14 +21,10 @@ _TOY_WIDTHS = (8, 8, 16, 16, 16)
 
 
 def detector(kind: str, levels: str, backbone: str, channels: int) -> Any:
-    """A detector with one class, the paper's losses and a stock pyramid.
+    """A `retinanet` or `fasterrcnn` with one class, the paper's losses and a stock pyramid.
 
-    Args:
-        kind: `retinanet` or `fasterrcnn`.
-        levels: `stock`, torchvision's levels and anchors, from 32 pixels; or `paper`: P2 to P6 with
-            the paper's anchors.
-        backbone: `lite0`, with ImageNet's weights, or `toy`.
-        channels: Of the pyramid.
+    `levels` are `stock`, torchvision's with anchors from 32 pixels, or `paper`: P2 to P6 with the
+    paper's anchors. `backbone` is `lite0`, with ImageNet's weights, or `toy`.
     """
     body, taps, widths = (lite0_body(), TAPS, WIDTHS) if backbone == "lite0" else _toy()
     extra: nn.Module = LastLevelMaxPool()

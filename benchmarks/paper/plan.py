@@ -7,8 +7,6 @@
     1. stock levels and anchors; adapted; adapted with S-alpha; adapted with .5
     2. the paper's levels and anchors with factors of 1, S-alpha and .5, and with the first function
        of S-alpha alone
-    3. the rows of 1 with AdamW
-    4. the other constants of the paper's Fig. 1, on its levels and anchors
 
 Seeds are the outer loop of each part, and the parts come again with more seeds. Finished runs are
 lines of OUT/plan.jsonl and interrupted ones are checkpoints in OUT: with that folder on another
@@ -44,17 +42,15 @@ from benchmarks.intervals import mean_of, paired
 from benchmarks.markdown import table
 from benchmarks.paper.data import Batches, Split
 from benchmarks.paper.detectors import detector
-from benchmarks.records import Record, digest, environment, key_of, read, work
+from benchmarks.records import Record, by_seed, digest, environment, key_of, read, work
 from benchmarks.training import Checkpoint, Interrupted, figures, train
 
 STOCK, ADAPTED, PAPER = "stock", "adapted", "paper"
 FIRST_ROWS = (STOCK, ADAPTED, f"{ADAPTED}, S-alpha", f"{ADAPTED}, alpha = 0.5")
 PAPER_ROWS = (PAPER, f"{PAPER}, S-alpha", f"{PAPER}, alpha = 0.5", f"{PAPER}, first function")
-CONSTANTS = tuple(f"{PAPER}, alpha = {alpha}" for alpha in ("0.2", "0.35", "0.7", "0", "1.4"))
 FIGURES = ("AP50_tiny", "AP50_tiny1", "AP50_tiny2", "AP50_tiny3", "AP25_tiny", "AP75_tiny")
 # The paper's recipe for RetinaNet: so many steps of 2 tiles of 640 x 512 pixels at this rate.
 _STEPS, _BATCH, _RATE, _WARMUP = 19_236, 2, 0.005, 500
-_ADAMW_RATE = 2.5e-4  # for 16 squares
 _PILOT_SEED, _PILOT_SHARE, _PILOT_RATES = 100, 8, (1.0, 0.5, 0.25)
 _SEEDS, _ROUNDS = 4, 3  # seeds of a part before the next part has its turn; turns
 _MOMENTUM, _DECAY, _CLIP = 0.9, 1e-4, 10.0
@@ -101,22 +97,16 @@ def best_rates(records: Sequence[Record]) -> dict[str, float]:
 
 def runs(common: Record, rates: dict[str, float]) -> Iterator[Record]:
     """All runs after the pilots, in the order to run them."""
-    adamw = _ADAMW_RATE * math.sqrt(common["batch"] / 16)
-    parts = ((FIRST_ROWS, "sgd"), (PAPER_ROWS, "sgd"), (FIRST_ROWS, "adamw"), (CONSTANTS, "sgd"))
     for turn in range(_ROUNDS):
-        for rows, optimizer in parts:
+        for rows in (FIRST_ROWS, PAPER_ROWS):
             for seed in range(turn * _SEEDS, (turn + 1) * _SEEDS):
                 for row in rows:
-                    rate = adamw if optimizer == "adamw" else rates[row.split(",")[0]]
-                    yield {**common, "row": row, "seed": seed, "optimizer": optimizer, "lr": rate}
+                    rate = rates[row.split(",")[0]]
+                    yield {**common, "row": row, "seed": seed, "optimizer": "sgd", "lr": rate}
 
 
 class Laboratory:
-    """The data, and all that runs share.
-
-    Args:
-        options: Of the command line.
-    """
+    """The data, and all that runs share."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -233,7 +223,7 @@ class Laboratory:
 
 
 def optimizer_of(model: torch.nn.Module, config: Record) -> torch.optim.Optimizer:
-    """The paper's SGD, or AdamW: biases learn twice as fast and have no decay."""
+    """The paper's SGD: biases learn twice as fast and have no decay."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     rate = config["lr"]
     groups: list[dict[str, Any]] = [
@@ -244,9 +234,7 @@ def optimizer_of(model: torch.nn.Module, config: Record) -> torch.optim.Optimize
             "lr": 2 * rate,
         },
     ]
-    if config["optimizer"] == "sgd":
-        return torch.optim.SGD(groups, rate, momentum=_MOMENTUM, weight_decay=_DECAY)
-    return torch.optim.AdamW(groups, rate, weight_decay=_DECAY)
+    return torch.optim.SGD(groups, rate, momentum=_MOMENTUM, weight_decay=_DECAY)
 
 
 def rate_at(step: int, config: Record) -> float:
@@ -258,22 +246,18 @@ def rate_at(step: int, config: Record) -> float:
 
 
 def summary(records: Sequence[Record]) -> str:
-    """A table for each optimizer; differences are paired by seed."""
-    parts = []
-    for optimizer in dict.fromkeys(record["config"]["optimizer"] for record in records):
-        rows: dict[str, dict[int, float]] = {}
-        for record in records:
-            config = record["config"]
-            if config["optimizer"] == optimizer and not record["diverged"]:
-                rows.setdefault(config["row"], {})[config["seed"]] = record["AP50_tiny"]
-        lines = []
-        for row, values in rows.items():
-            other = {STOCK: "", ADAPTED: STOCK, PAPER: STOCK}.get(row, row.split(",")[0])
-            mean = mean_of(list(values.values()))
-            against = mean_of(paired(values, rows.get(other, {}))).text(2, "+")
-            lines.append([row, mean.count, mean.text(2), against and f"{against} over {other}"])
-        parts.append(f"{optimizer}\n\n{table(['row', 'seeds', 'AP50_tiny', 'difference'], lines)}")
-    return "\n\n".join(parts)
+    """A table of all rows; differences are paired by seed."""
+    rows = {
+        row: {s: record["AP50_tiny"] for s, record in runs.items() if not record["diverged"]}
+        for (row,), runs in by_seed(records, "row").items()
+    }
+    lines = []
+    for row, values in rows.items():
+        other = {STOCK: "", ADAPTED: STOCK, PAPER: STOCK}.get(row, row.split(",")[0])
+        mean = mean_of(list(values.values()))
+        against = mean_of(paired(values, rows.get(other, {}))).text(2, "+")
+        lines.append([row, mean.count, mean.text(2), against and f"{against} over {other}"])
+    return table(["row", "seeds", "AP50_tiny", "difference"], lines)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

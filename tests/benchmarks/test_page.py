@@ -50,18 +50,6 @@ def test_verdicts(target, entry, measured, verdict):
     assert [found[0], found[2]] == [measured, verdict]
 
 
-@pytest.mark.parametrize(
-    ("target", "entry"),
-    [
-        (replace(MOST, field="mib"), pair(1, 1, 1)),
-        (MOST, pair(1, 1, 1, name="other/a")),
-        (replace(MOST, on="GPU"), pair(1, 1, 1)),
-    ],
-)
-def test_what_was_not_measured_has_no_row(target, entry):
-    assert target.rows([entry]) == []
-
-
 @pytest.mark.parametrize("reverse", [False, True])
 def test_of_several_cases_the_clearest_miss_is_shown(reverse):
     met, wide = pair(1.2, 1.1, 1.3, "case/met"), pair(1.2, 0.9, 3.0, "case/wide")
@@ -80,12 +68,6 @@ def test_each_device_has_its_newest_record():
         assert newest(entries) == [new, gpu]
         rows = MOST.rows(entries)
         assert [(row[3], row[4]) for row in rows] == [("not met", "CPU"), ("met", "X1")]
-
-
-def test_a_page_without_records_says_so():
-    text = page([])
-    assert all(target.what in text for target in TARGETS)
-    assert text.count("Not measured") == 6
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.what)

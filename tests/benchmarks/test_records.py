@@ -9,11 +9,30 @@ import math
 from benchmarks import records
 
 
-def test_compressed_files_are_read_as_plain_ones(tmp_path):
-    path, packed = tmp_path / "results.jsonl", tmp_path / "packed.jsonl.gz"
-    records.append(path, {"key": "a", "loss": [math.nan, 1.0]})
-    packed.write_bytes(gzip.compress(path.read_bytes()))
-    assert records.read([packed]) == [{"key": "a", "loss": [None, 1.0]}]
+def test_a_record_is_written_once_and_a_broken_last_line_is_repaired(tmp_path):
+    file, packed = tmp_path / "results.jsonl", tmp_path / "packed.jsonl.gz"
+    records.append(file, {"key": "a", "value": [math.nan, 1.0]})
+    file.write_bytes(file.read_bytes() + b'{"key":"b","val')  # a writer that was killed
+    assert records.read([file]) == [{"key": "a", "value": [None, 1.0]}]
+    records.append(file, {"key": "b", "value": 2})
+    records.append(file, {"key": "a", "value": 3})
+    packed.write_bytes(gzip.compress(file.read_bytes()))
+    expected = [{"key": "a", "value": [None, 1.0]}, {"key": "b", "value": 2}]
+    assert records.read([file]) == records.read([packed]) == expected
+    assert records.read([tmp_path / "missing.jsonl"]) == []
+
+
+def test_records_are_apart_by_what_their_configurations_say():
+    found = [
+        {"config": {"row": row, "rate": rate, "seed": seed}}
+        for row, rate in (("a", 1), ("b", 1), ("a", 2))
+        for seed in range(2)
+    ]
+    assert records.settings(found, ("row", "seed")) == [found[:4], found[4:]]
+    assert records.by_seed(found[:4], "row") == {
+        ("a",): {0: found[0], 1: found[1]},
+        ("b",): {0: found[2], 1: found[3]},
+    }
 
 
 def test_runs_on_record_and_claimed_ones_are_not_done(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-
 import pytest
 from PIL import Image
 
@@ -64,33 +62,11 @@ def test_supervision_converts_yolo_and_pascal_voc(folder, kind):
         write_voc(folder)
         dataset = sv.DetectionDataset.from_pascal_voc("images", "labels")
     dataset.as_coco(annotations_path="train.json")
-    found = read_annotations("train.json")
-    assert found.image_sizes.tolist() == SIZES
-    assert found.boxes.tolist() == BOXES
-    for path in (folder / "labels", *(folder / "labels").iterdir()):
-        with pytest.raises(ValueError, match=r"docs/recipes.md#convert-annotations"):
-            read_annotations(path)
-
-
-def test_a_csv_as_deepforest_has_it_needs_the_heads_of_the_files(folder):
-    with open("train.csv", "w") as file:
-        file.write("image_path,xmin,ymin,xmax,ymax,label\n")
-        for name, (_, boxes) in IMAGES.items():
-            file.writelines(f"{name}.png,{','.join(map(str, box))}\n" for box in boxes)
-    with pytest.raises(ValueError, match=r"CSV file; docs/recipes.md#convert-annotations"):
-        read_annotations("train.csv")
-
-    boxes_of = {}
-    with open("train.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            corners = [float(row[key]) for key in ("xmin", "ymin", "xmax", "ymax")]
-            boxes_of.setdefault(row["image_path"], []).append(corners)
-
-    def pairs():
-        for path, boxes in boxes_of.items():
-            with Image.open(folder / "images" / path) as image:
-                yield (image.height, image.width), boxes
-
-    found = read_annotations(pairs())
-    assert found.image_sizes.tolist() == SIZES
-    assert found.boxes.tolist() == BOXES
+    pairs = ((image.shape[:2], detections.xyxy) for _, image, detections in dataset)
+    for found in (read_annotations("train.json"), read_annotations(pairs)):
+        assert found.image_sizes.tolist() == SIZES
+        assert found.boxes.tolist() == BOXES
+    with pytest.raises(TypeError, match=r"dataset\[0\]: expected \(\(height, width\), boxes\)"):
+        read_annotations(dataset)
+    with pytest.raises(ValueError, match=r"docs/recipes.md#convert-annotations"):
+        read_annotations(folder / "labels")

@@ -9,11 +9,14 @@ from alphafpn import adapt_detector, compare_anchors, estimate_alpha_for
 from tests.detectors import make_detector, make_fcos, make_retinanet
 
 ITEMS = [((64, 64), [[4.0, 4, 14, 16], [20, 20, 52, 50]])]
-CALLS = [
-    lambda module: estimate_alpha_for(module, ITEMS),
-    lambda module: compare_anchors(module, ITEMS),
-    lambda module: adapt_detector(module, 0.5),
-]
+every_call = pytest.mark.parametrize(
+    "call",
+    [
+        lambda module: estimate_alpha_for(module, ITEMS),
+        lambda module: compare_anchors(module, ITEMS),
+        lambda module: adapt_detector(module, 0.5),
+    ],
+)
 
 
 @pytest.fixture
@@ -34,23 +37,14 @@ def test_a_module_with_one_detector_stands_for_it(module):
     assert module.student.anchor_generator.sizes[0][0] == sizes[0][0] / 2
 
 
-@pytest.mark.parametrize("call", CALLS)
+@every_call
 def test_two_detectors_are_named(module, call):
     module.teacher = make_detector(make_fcos)
     with pytest.raises(TypeError, match=r"student.*teacher"):
         call(module)
 
 
-@pytest.mark.parametrize("call", CALLS)
+@every_call
 def test_no_detector_is_said(call):
     with pytest.raises(TypeError, match="Linear"):
         call(nn.Linear(2, 2))
-
-
-def test_sahis_wrapper_holds_the_detector():
-    torchvision_model = pytest.importorskip("sahi.models.torchvision")
-    detector = make_detector(make_retinanet)
-    wrapped = torchvision_model.TorchVisionDetectionModel(
-        model=detector, device="cpu", category_mapping={"0": "background", "1": "person"}
-    )
-    assert estimate_alpha_for(wrapped.model, ITEMS) == estimate_alpha_for(detector, ITEMS)

@@ -58,7 +58,9 @@ def test_patched_and_folded_detectors_predict_the_same(build):
 
 def test_predictions_are_those_of_the_detector():
     detector = make_detector(BUILDERS[0], [0.5, 0.25]).eval()
-    found = listed(get_prediction(IMAGE, wrap(detector)))
+    wrapped = wrap(detector)
+    assert wrapped.model is detector
+    found = listed(get_prediction(IMAGE, wrapped))
     with torch.no_grad():
         (expected,) = detector([torch.from_numpy(IMAGE).permute(2, 0, 1) / 255])
     keep = expected["scores"] > 0.1

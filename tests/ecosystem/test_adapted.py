@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from alphafpn import adapt_detector, fold_alpha, patch_detector
+from alphafpn import adapt_detector, patch_detector
 from tests.detectors import make_batch
 from tests.test_adapt import images, make, make_fcos, make_rcnn, make_retinanet
 
@@ -80,43 +80,3 @@ def test_ddp_trains_as_one_process(tmp_path, build):
     gradients(single, single)
     torch.testing.assert_close(found, gradients(single, single))
     assert found["backbone.fpn.inner_blocks.0.0.weight"].any()
-
-
-def test_averaged_models_are_adapted_as_their_own():
-    swa = torch.optim.swa_utils
-    model = adapted()
-    averaged = swa.AveragedModel(model, multi_avg_fn=swa.get_ema_multi_avg_fn(0.5))
-    averaged.update_parameters(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.5)
-    averaged.update_parameters(model)
-    for name, tensor in averaged.module.named_parameters():
-        torch.testing.assert_close(tensor, 1.5 * model.get_parameter(name))
-    anchors = averaged.module.anchor_generator.cell_anchors
-    torch.testing.assert_close(anchors, model.anchor_generator.cell_anchors)
-    unadapted = swa.AveragedModel(make())
-    assert adapt_detector(unadapted, 0.5) is unadapted
-    assert unadapted.module.anchor_generator.sizes[0] == (8.0,)
-
-
-# ONNX
-
-
-@pytest.mark.parametrize("fold", [False, True])
-@pytest.mark.parametrize("build", BUILDERS)
-def test_exported_to_onnx_agrees(tmp_path, build, fold):
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
-    from tests.ecosystem.test_onnx import export, run
-
-    model = adapted(build).eval()
-    model = fold_alpha(model) if fold else model
-    scenes = [torch.rand(3, 64, 64, generator=torch.manual_seed(i)) for i in range(2)]
-    export(model, ([scenes[0]],), tmp_path / "detector.onnx", dynamo=False)
-    found = run(tmp_path / "detector.onnx", scenes[1:])
-    with torch.no_grad():
-        (expected,) = model(scenes[1:])
-    assert len(expected["scores"]) > 0
-    for x, y in zip(found, expected.values(), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)

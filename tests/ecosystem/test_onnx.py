@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import OrderedDict
 
@@ -11,6 +12,8 @@ from torch import nn
 
 from alphafpn.surgery import fold_alpha
 from tests.detectors import BUILDERS, make_detector, make_faster_rcnn, make_fcos
+from tests.ecosystem import test_adapted
+from tests.ecosystem.test_adapted import adapted
 from tests.pyramids import FACTORS, KINDS, make_features, make_patched
 
 pytest.importorskip("onnx")
@@ -57,19 +60,36 @@ def test_pyramids_agree(tmp_path, dynamo, extra, kind):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("build", BUILDERS)
-def test_detectors_agree_as_stock_ones_do(tmp_path, build):
-    """The exporter that traces takes whole detectors: stock, patched and folded."""
+def stock(build):
+    return make_detector(build)
+
+
+def patched(build):
+    return make_detector(build, FACTORS[:2])
+
+
+def folded(build):
+    return fold_alpha(patched(build))
+
+
+@pytest.mark.parametrize(
+    ("change", "build"),
+    [
+        *itertools.product((stock, patched, folded), BUILDERS),
+        *itertools.product([adapted], test_adapted.BUILDERS),
+    ],
+)
+def test_detectors_agree_as_stock_ones_do(tmp_path, change, build):
+    """The exporter that traces takes whole detectors."""
     images = [torch.rand(3, 64, 64, generator=torch.manual_seed(i)) for i in range(2)]
-    stock, patched = make_detector(build).eval(), make_detector(build, FACTORS[:2]).eval()
-    for model in (stock, patched, fold_alpha(make_detector(build, FACTORS[:2]).eval())):
-        export(model, ([images[0]],), tmp_path / "detector.onnx", dynamo=False)
-        found = run(tmp_path / "detector.onnx", images[1:])
-        with torch.no_grad():
-            (expected,) = model(images[1:])
-        assert len(expected["scores"]) > 50
-        for x, y in zip(found, expected.values(), strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
+    model = change(build).eval()
+    export(model, ([images[0]],), tmp_path / "detector.onnx", dynamo=False)
+    found = run(tmp_path / "detector.onnx", images[1:])
+    with torch.no_grad():
+        (expected,) = model(images[1:])
+    assert len(expected["scores"]) > (50 if change is not adapted else 0)
+    for x, y in zip(found, expected.values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
 
 
 def outcome(call):
@@ -81,19 +101,16 @@ def outcome(call):
     return None
 
 
-@pytest.mark.parametrize("build", [make_faster_rcnn, make_fcos])
-def test_detectors_export_no_worse_than_stock(build):
+@pytest.mark.parametrize(
+    ("build", "to_onnx"), [(make_faster_rcnn, False), (make_fcos, False), (make_faster_rcnn, True)]
+)
+def test_detectors_export_no_worse_than_stock(tmp_path, build, to_onnx):
     """torch.export does not take torchvision's detectors; with patched ones it gets as far."""
-    outcomes = {
-        str(alpha): outcome(lambda: torch.export.export(model, ([torch.rand(3, 64, 64)],)))  # noqa: B023
-        for alpha in (None, FACTORS[:2])
-        for model in [make_detector(build, alpha).eval()]
-    }
-    assert len(set(outcomes.values())) == 1, outcomes
+    images = ([torch.rand(3, 64, 64)],)
 
+    def of(model):
+        if to_onnx:
+            return outcome(lambda: export(model, images, tmp_path / "detector.onnx", dynamo=True))
+        return outcome(lambda: torch.export.export(model, images))
 
-def test_detectors_export_to_onnx_by_dynamo_no_worse_than_stock(tmp_path):
-    images, path = ([torch.rand(3, 64, 64)],), tmp_path / "detector.onnx"
-    stock, patched = (make_detector(make_faster_rcnn, a).eval() for a in (None, FACTORS[:2]))
-    expected = outcome(lambda: export(stock, images, path, dynamo=True))
-    assert outcome(lambda: export(patched, images, path, dynamo=True)) is expected
+    assert of(patched(build).eval()) is of(stock(build).eval())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
@@ -14,33 +12,21 @@ optuna = pytest.importorskip("optuna")
 
 
 def test_a_grid_finds_the_factors_that_made_the_target(tmp_path):
-    """The objective is the distance to a pyramid with known factors, after a step of training."""
+    """The objective is the distance to a pyramid with known factors."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    images, targets = make_batch()
-    model = make_detector(make_retinanet)
-    start = copy.deepcopy(model.state_dict())
-    parameters = list(model.parameters())
+    image = make_batch()[0][0][None]
+    backbone = make_detector(make_retinanet).eval().backbone.requires_grad_(False)
 
-    def train(alpha):
-        model.load_state_dict({k: v for k, v in start.items() if "fpn.alpha" not in k})
-        patch_detector(model, alpha).train()
-        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-        torch.manual_seed(0)
-        sum(model(images, targets).values()).backward()
-        optimizer.step()
-        model.zero_grad()
-        with torch.no_grad():
-            return torch.cat([p.flatten() for p in model.eval().backbone(images[0][None]).values()])
+    def maps(alpha):
+        return torch.cat([p.flatten() for p in patch_detector(backbone, alpha)(image).values()])
 
-    wanted = train([0.5, 0.25])
+    wanted = maps([0.5, 0.25])
     search = {"alpha_0": [0.25, 0.5, 1.0], "alpha_1": [0.25, 0.5, 1.0]}
 
     def objective(trial):
         alpha = [trial.suggest_categorical(name, values) for name, values in search.items()]
-        assert model.backbone.fpn is fpn
-        return float((train(alpha) - wanted).norm())
+        return float((maps(alpha) - wanted).norm())
 
-    fpn = model.backbone.fpn
     study = optuna.create_study(
         sampler=optuna.samplers.GridSampler(search), storage=f"sqlite:///{tmp_path}/study.db"
     )
@@ -49,4 +35,3 @@ def test_a_grid_finds_the_factors_that_made_the_target(tmp_path):
     assert study.best_params == {"alpha_0": 0.5, "alpha_1": 0.25}
     assert study.best_value == 0
     assert sorted(trial.value for trial in study.trials)[1] > 1e-3
-    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]

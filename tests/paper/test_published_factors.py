@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -45,8 +46,7 @@ def test_images_and_anchors_enlarged_alike_give_the_same_counts():
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(500, 2, generator=generator) * 200
     boxes = torch.cat([corner, corner + 2 + 40 * torch.rand(500, 2, generator=generator)], 1)
-    images = {(256, 256): [boxes]}
-    enlarged = {(1024, 1024): [4 * boxes]}
+    images, enlarged = [((256, 256), boxes)], [((1024, 1024), 4 * boxes)]
     counts = [
         published.count(images, published.RETINANET).counts,
         published.count(enlarged, published.RETINANET, scale=4, strides=4).counts,
@@ -62,8 +62,14 @@ def test_boxes_of_a_pixel_and_ignored_ones_do_not_count():
             for n, (w, ignore) in enumerate([(1, False), (2, False), (4, True)])
         ],
     }
-    (boxes,) = published.tiles_of(coco, dense=True)[5, 9]
+    ((size, boxes),) = published.tiles_of(coco, dense=True)
+    assert size == (5, 9)
     assert boxes.tolist() == [[0, 0, 2, 3]]
+
+
+@functools.cache
+def tiles_of(path, dense):
+    return published.tiles_of(json.loads(path.read_bytes()), dense=dense)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +82,6 @@ def test_boxes_of_a_pixel_and_ignored_ones_do_not_count():
     ],
 )
 def test_tinyperson_s_factors(data_file, detector, dense, expected):
-    content = json.loads(data_file("tinyperson_native_boxes.json").read_bytes())
-    tiles = published.tiles_of(content, dense=dense)
+    tiles = tiles_of(data_file("tinyperson_native_boxes.json"), dense)
     estimate = published.count(tiles, published.ANCHORS[detector])
     assert estimate.ratios == pytest.approx(expected, abs=0.001)

@@ -16,14 +16,8 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScale
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from alphafpn.estimate.anchor_layout import AnchorLayout
-from alphafpn.estimate.s_alpha import estimate_alpha_for
-from alphafpn.pyramid import (
-    AlphaFeaturePyramidNetwork,
-    AttentionAlpha,
-    LearnableAlpha,
-    alpha_parameters,
-)
-from alphafpn.surgery import fold_alpha, patch_detector, unpatch_detector
+from alphafpn.pyramid import LearnableAlpha, alpha_parameters
+from alphafpn.surgery import fold_alpha, patch_detector
 from alphafpn.tiny.detectors import tiny_faster_rcnn, tiny_retinanet
 
 BUILDERS = [tiny_retinanet, tiny_faster_rcnn]
@@ -70,21 +64,12 @@ def sides(cells):
     return sorted((int(x2 - x1), int(y2 - y1)) for x1, y1, x2, y2 in cells.tolist())
 
 
-@pytest.fixture
-def captured(monkeypatch):
-    """Boxes and images as the network's backbone and anchor generator get them."""
+def captured(model):
+    """Boxes and images as the model's backbone and anchor generator get them, once it has run."""
     seen = {}
-
-    def record(model):
-        model.backbone.register_forward_pre_hook(
-            lambda module, args: seen.__setitem__("batch", args[0])
-        )
-        generator_of(model).register_forward_hook(
-            lambda module, args, result: seen.__setitem__("anchors", result)
-        )
-        return seen
-
-    return record
+    model.backbone.register_forward_pre_hook(lambda m, args: seen.update(batch=args[0]))
+    generator_of(model).register_forward_hook(lambda m, args, found: seen.update(anchors=found))
+    return seen
 
 
 # Levels and anchors
@@ -117,7 +102,7 @@ def test_faster_rcnn_has_the_papers_anchors_as_torchvision_rounds_them():
 
 @pytest.mark.parametrize("builder", BUILDERS)
 @pytest.mark.parametrize("size", [(96, 128), (101, 67), (320, 90)])
-def test_the_layout_is_what_the_detector_generates(builder, size, captured):
+def test_the_layout_is_what_the_detector_generates(builder, size):
     model = build(builder).eval()
     seen = captured(model)
     with torch.no_grad():
@@ -126,28 +111,7 @@ def test_the_layout_is_what_the_detector_generates(builder, size, captured):
     assert torch.equal(torch.cat(layout.anchors()), seen["anchors"][0])
     assert layout.num_fused_levels == 4
     if min(size) > 64:
-        assert layout.level_names[0] == "P2"
-
-
-def test_an_estimate_counts_boxes_at_the_images_own_size():
-    model = build(tiny_retinanet)
-    boxes = torch.tensor([[20.0, 20, 28, 28], [40, 40, 80, 80], [10, 60, 18, 68]])
-    estimate = estimate_alpha_for(model, [((128, 160), boxes)])
-    layout = AnchorLayout.from_detector(model, (128, 160))
-    owner = torch.cat([torch.full((len(a),), i) for i, a in enumerate(layout.anchors())])
-    best = owner[box_iou(boxes, torch.cat(layout.anchors())).argmax(1)]
-    assert estimate.counts == tuple(torch.bincount(best, minlength=5).tolist())
-    assert estimate.level_names == ("P2", "P3", "P4", "P5", "P6")
-    assert list(patch_detector(model, estimate).backbone.fpn.alpha) == pytest.approx(estimate.alpha)
-
-
-@pytest.mark.parametrize("builder", BUILDERS)
-def test_anchors_need_no_data(builder):
-    with torch.device("meta"):
-        model = builder(weights=None, weights_backbone=None)
-    real = AnchorLayout.from_detector(build(builder), (96, 160)).anchors()
-    meta = AnchorLayout.from_detector(model, (96, 160)).anchors()
-    assert all(torch.equal(a, b) for a, b in zip(meta, real, strict=True))
+        assert layout.level_names == ("P2", "P3", "P4", "P5", "P6")
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
@@ -219,27 +183,18 @@ def test_pretrained_backbones_have_their_first_parts_frozen(monkeypatch):
 
 @pytest.mark.parametrize("builder", BUILDERS)
 @pytest.mark.parametrize("training", [True, False])
-def test_images_are_padded_but_never_resized(builder, training, captured):
+def test_images_are_padded_but_never_resized(builder, training):
     model = build(builder).train(training)
     seen = captured(model)
     images, targets = zip(*[scene(70, 129), scene(99, 64)], strict=True)
     model(images, copy.deepcopy(targets) if training else None)
     assert seen["batch"].shape == (2, 3, 128, 160)
+    assert "min_size" not in repr(model.transform)
     for image, padded in zip(images, seen["batch"], strict=True):
         height, width = image.shape[1:]
         assert torch.equal(padded[:, :height, :width], model.transform.normalize(image))
         padded[:, :height, :width] = 0
         assert not padded.any()
-
-
-@pytest.mark.parametrize("builder", BUILDERS)
-def test_boxes_come_back_in_the_images_own_pixels(builder):
-    model = build(builder).eval()
-    box = torch.tensor([[3.25, 5.5, 17.75, 31.125]])
-    sizes = [(70, 129), (99, 64)]
-    back = model.transform.postprocess([{"boxes": box}, {"boxes": box}], sizes, sizes)
-    assert all(torch.equal(entry["boxes"], box) for entry in back)
-    assert "min_size" not in repr(model.transform)
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
@@ -261,7 +216,7 @@ def test_the_recipes_limits_and_others():
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
-def test_boxes_stay_exact_under_autocast(builder, captured):
+def test_boxes_stay_exact_under_autocast(builder):
     model = build(builder, **({"score_thresh": 0} if builder is tiny_retinanet else {})).eval()
     seen = captured(model)
     image = torch.rand(3, 32, 900)
@@ -322,7 +277,7 @@ def literal_losses(model, outputs, anchors, targets):
 
 
 @pytest.mark.parametrize("counts", [(3, 1), (2, 0), (0, 0)])
-def test_retinanets_losses_are_the_papers(counts, captured):
+def test_retinanets_losses_are_the_papers(counts):
     model = build(tiny_retinanet, num_classes=3)
     seen, outputs = captured(model), {}
     model.head.register_forward_hook(lambda m, args, result: outputs.update(result))
@@ -363,46 +318,15 @@ def test_losses_in_bfloat16_are_computed_in_float32():
         assert narrow[name].item() == pytest.approx(loss.item(), rel=0.02)
 
 
-@pytest.mark.parametrize(("builder", "lr"), [(tiny_retinanet, 0.003), (tiny_faster_rcnn, 0.03)])
-def test_training_lowers_the_loss(builder, lr):
-    model = build(builder, alpha=FACTORS)
-    for name, parameter in model.named_parameters():
-        # RetinaNet's towers start with weights for 256 channels, too small for these to learn soon.
-        if name.startswith("head") and ".conv." in name and parameter.dim() == 4:
-            nn.init.kaiming_normal_(parameter)
-    images, targets = zip(scene(64, 96), strict=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    losses = []
-    for _ in range(10):
-        torch.manual_seed(0)
-        loss = sum(model(images, targets).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
-
-
 # Factors
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_factors_are_in_the_pyramid(builder):
-    model = build(builder, alpha=FACTORS)
-    assert isinstance(model.backbone.fpn, AlphaFeaturePyramidNetwork)
-    assert model.backbone.fpn.alpha.tolist() == pytest.approx(FACTORS)
-    assert len(alpha_parameters(build(builder, alpha=LearnableAlpha(FACTORS)))) == 1
-    assert len(build(builder, alpha=AttentionAlpha()).backbone.fpn.gates) == 3
+    assert build(builder, alpha=FACTORS).backbone.fpn.alpha.tolist() == pytest.approx(FACTORS)
     assert build(builder, alpha=0.5).backbone.fpn.alpha.tolist() == [0.5] * 3
-
-
-@pytest.mark.parametrize("builder", BUILDERS)
-def test_alpha_one_changes_nothing(builder):
-    image = scene()[0]
-    stock, ones = build(builder).eval(), build(builder, alpha=1).eval()
-    assert type(stock.backbone.fpn) is FeaturePyramidNetwork
-    for expected, found in zip(stock([image]), ones([image]), strict=True):
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len(alpha_parameters(build(builder, alpha=LearnableAlpha(FACTORS)))) == 1
+    assert type(build(builder).backbone.fpn) is FeaturePyramidNetwork
 
 
 def test_without_alpha_a_patched_backbone_stays_patched():
@@ -411,28 +335,15 @@ def test_without_alpha_a_patched_backbone_stays_patched():
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
-def test_state_dict_round_trip(builder):
-    image = scene()[0]
-    model = build(builder, alpha=FACTORS).eval()
-    torch.manual_seed(1)
-    other = builder(small_backbone(), weights_backbone=None, alpha=0.7).eval()
-    other.load_state_dict(model.state_dict())
-    for copied in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        for expected, found in zip(model([image]), copied([image]), strict=True):
-            assert all(torch.equal(found[name], expected[name]) for name in expected)
-    stock = build(builder)
-    stock.load_state_dict(unpatch_detector(other).state_dict())
-    with pytest.raises(RuntimeError, match="alpha"):
-        stock.load_state_dict(model.state_dict())
-
-
-@pytest.mark.parametrize("builder", BUILDERS)
-def test_a_folded_detector_is_stock_and_finds_the_same(builder):
+def test_pickled_and_folded_detectors_find_the_same(builder):
     image = scene()[0]
     model = build(builder, alpha=FACTORS).eval()
     expected = model([image])[0]
-    found = fold_alpha(model)([image])[0]
-    assert type(model.backbone.fpn) is FeaturePyramidNetwork
+    found = pickle.loads(pickle.dumps(model))([image])[0]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    stock = build(builder).eval()
+    stock.load_state_dict(fold_alpha(model).state_dict())
+    found = stock([image])[0]
     assert found["boxes"].shape == expected["boxes"].shape
     torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-4, atol=1e-5)
 

@@ -284,27 +284,18 @@ class TestOfficialFigures:
         case = MICRO[name]
         assert_equal(evaluate_tiny(case["gt"], case["dt"]), official(case["expected"]))
 
-    def test_without_quirks_the_whole_set_has_more_misses_and_the_same_precision(self):
-        expected, clean = (
-            official(golden("expected_a")),
-            evaluate_tiny(golden("gt_a"), golden("dt_a"), quirks=False),
-        )
-        assert_equal(
-            {k: v for k, v in clean.items() if k[:2] != "MR"},
-            {k: v for k, v in expected.items() if k[:2] != "MR"},
-        )
-        more = [clean[key] - expected[key] for key in expected if key[:2] == "MR"]
-        assert min(more) >= 0
-        assert 0.001 < max(more) < 0.026
-
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=80, deadline=None)
     @given(
-        seed=SEEDS, quirks=st.booleans(), crowded=st.booleans(), images=st.sampled_from([1, 4, 120])
+        seed=SEEDS,
+        quirks=st.booleans(),
+        grid=st.booleans(),
+        crowded=st.booleans(),
+        images=st.sampled_from([1, 4, 120]),
     )
-    def test_equals_the_slow_reference(self, seed, quirks, crowded, images):
+    def test_equals_the_slow_reference(self, seed, quirks, grid, crowded, images):
         coco, found = random_data(
             seed,
-            grid=True,
+            grid=grid,
             num_images=2,
             num_categories=1 + seed % 2,
             num_boxes=12 if crowded else 4,
@@ -316,90 +307,11 @@ class TestOfficialFigures:
         )
 
 
-class TestInvariance:
-    @settings(max_examples=15, deadline=None)
-    @given(seed=SEEDS)
-    def test_order_of_entries(self, seed):
-        coco, found = random_data(seed)
-        rng = np.random.default_rng(seed + 1)
-        shuffled = {
-            key: [entries[i] for i in rng.permutation(len(entries))]
-            for key, entries in coco.items()
-        }
-        other = [found[i] for i in rng.permutation(len(found))]
-        assert_equal(evaluate_tiny(shuffled, other), evaluate_tiny(coco, found))
-
-    @settings(max_examples=15, deadline=None)
-    @given(seed=SEEDS)
-    def test_ids_are_names(self, seed):
-        coco, found = random_data(seed, num_categories=2)
-        renamed, other = copy.deepcopy((coco, found))
-        for entry in renamed["images"] + renamed["categories"]:
-            entry["id"] = 2**40 - 3 * entry["id"]
-        for entry in renamed["annotations"] + other:
-            entry["image_id"] = 2**40 - 3 * entry["image_id"]
-            entry["category_id"] = 2**40 - 3 * entry["category_id"]
-        for entry in renamed["annotations"]:
-            entry["id"] -= 5
-        assert_equal(evaluate_tiny(renamed, other), evaluate_tiny(coco, found))
-
-    @settings(max_examples=15, deadline=None)
-    @given(seed=SEEDS, slope=st.floats(1e-3, 1e3), offset=st.floats(-1e3, 1e3))
-    def test_scores_matter_by_their_order_alone(self, seed, slope, offset):
-        coco, found = random_data(seed)
-        scaled = [{**entry, "score": slope * entry["score"] + offset} for entry in found]
-        assert_equal(evaluate_tiny(coco, scaled), evaluate_tiny(coco, found))
-
-    @settings(max_examples=15, deadline=None)
-    @given(seed=SEEDS, extra=st.integers(1, 200))
-    def test_an_empty_image_leaves_precision_and_only_lowers_the_miss_rate(self, seed, extra):
-        coco, found = random_data(seed)
-        before = evaluate_tiny(coco, found, quirks=False)
-        coco["images"] += [{"id": 1000 + index} for index in range(extra)]
-        after = evaluate_tiny(coco, found, quirks=False)
-        for key, figure in before.items():
-            assert after[key] <= figure if key[:2] == "MR" else after[key] == figure
-
-    @settings(max_examples=15, deadline=None)
-    @given(seed=SEEDS)
-    def test_detections_in_a_region_apart_are_free(self, seed):
-        coco, found = random_data(seed)
-        region = {"bbox": [1000, 1000, 50, 50], "image_id": 100, "category_id": 7, "ignore": 1}
-        coco["annotations"].append({"id": 1000, **region})
-        inside = {**region, "bbox": [1010, 1010, 9, 9]}
-        more = [{**inside, "score": score} for score in (2.0, 0.51, -1.0)]
-        before = evaluate_tiny(coco, found, quirks=False)
-        assert_equal(evaluate_tiny(coco, found + more, quirks=False), before)
-
-    @settings(max_examples=15, deadline=None)
-    @given(seed=SEEDS)
-    def test_categories_are_averaged(self, seed):
-        coco, found = random_data(seed, num_categories=2, num_boxes=16, num_found=40)
-        together = evaluate_tiny(coco, found)
-        single = []
-        for category in coco["categories"]:
-            mine = [a for a in coco["annotations"] if a["category_id"] == category["id"]]
-            part = {**coco, "categories": [category], "annotations": mine}
-            hits = [d for d in found if d["category_id"] == category["id"]]
-            single.append(evaluate_tiny(part, hits))
-        for key, figure in together.items():
-            known = [results[key] for results in single if results[key] >= 0]
-            if not known:
-                assert figure == -1
-            elif key.startswith("MR"):
-                assert figure == pytest.approx(math.prod(known) ** (1 / len(known)), abs=1e-12)
-            else:
-                assert figure == pytest.approx(sum(known) / len(known), abs=1e-12)
-
-
 class TestRules:
-    def test_nothing_to_find(self):
-        results = evaluate_tiny(scene(), [guess()])
-        assert set(results.values()) == {-1.0}
-
-    def test_no_image(self):
-        empty = {"images": [], "categories": [], "annotations": []}
-        assert set(evaluate_tiny(empty, []).values()) == {-1.0}
+    @pytest.mark.parametrize("coco", [scene(), {"images": [], "categories": [], "annotations": []}])
+    def test_nothing_to_find(self, coco):
+        found = [guess()] if coco["images"] else []
+        assert set(evaluate_tiny(coco, found).values()) == {-1.0}
 
     def test_nothing_found(self):
         results = evaluate_tiny(scene(person()), [])
@@ -407,16 +319,25 @@ class TestRules:
         assert figures
         assert figures == {key: float(key.startswith("MR")) for key in figures}
 
-    @pytest.mark.parametrize(("misses", "found"), [(199, True), (200, False)])
-    def test_precision_takes_200_detections_per_image(self, misses, found):
-        wrong = [guess((500, 500, 10, 10), 0.9)] * misses
-        assert (evaluate_tiny(scene(person()), [*wrong, guess()])["AR50_tiny"] == 1) is found
+    @pytest.mark.parametrize("limit", [200, 1, 1500])
+    @pytest.mark.parametrize("more", [0, 1])
+    def test_precision_takes_the_best_detections_of_an_image(self, limit, more):
+        found = [*[guess((500, 500, 10, 10), 0.9)] * (limit - 1 + more), guess()]
+        options = {} if limit == 200 else {"max_detections": limit}
+        results = evaluate_tiny(scene(person()), found, **options)
+        assert results["AR50_tiny"] == 1 - more
 
-    @pytest.mark.parametrize(("misses", "found"), [(999, True), (1000, False)])
-    def test_miss_rate_takes_1000_detections_per_image(self, misses, found):
-        wrong = [guess((500, 500, 10, 10), 0.9)] * misses
-        results = evaluate_tiny(scene(person(), num_images=1000), [*wrong, guess()])
-        assert (results["MR50_tiny"] == 0) is found
+    @pytest.mark.parametrize("limit", [200, 1500])
+    @pytest.mark.parametrize("more", [0, 1])
+    def test_miss_rate_takes_1000_detections_of_an_image(self, limit, more):
+        found = [*[guess((500, 500, 10, 10), 0.9)] * (999 + more), guess()]
+        results = evaluate_tiny(scene(person(), num_images=1000), found, max_detections=limit)
+        assert results["MR50_tiny"] == more
+
+    @pytest.mark.parametrize("limit", [0, 1.5, True])
+    def test_a_limit_is_a_positive_integer(self, limit):
+        with pytest.raises(ValueError, match=f"max_detections: expected .*found {limit}"):
+            evaluate_tiny(scene(), [], max_detections=limit)
 
     def test_the_limits_hold_per_category(self):
         coco = scene(person())
@@ -426,21 +347,9 @@ class TestRules:
         assert results["AP50_tiny"] == pytest.approx(1)
         assert results["MR50_tiny"] == 0
 
-    def test_area_and_size_come_from_the_annotation_if_given(self):
-        results = evaluate_tiny(scene(person(area=500)), [guess()])
-        assert results["AP50_small"] == pytest.approx(1)
-        assert results["AP50_tiny"] == -1
-        assert (results["MR50_small"], results["MR50_tiny"]) == (1, -1)
-        results = evaluate_tiny(scene(person(size=25)), [guess((10, 10, 12, 12))])
-        assert results["AP50_tiny2"] == pytest.approx(1)
-        assert (results["MR50_small"], results["MR50_tiny"]) == (1, -1)
-
     @pytest.mark.parametrize(
         ("fields", "counts"),
         [
-            ({}, True),
-            ({"vis_ratio": 0.65}, True),
-            ({"vis_ratio": 0.64}, False),
             ({"vis": [10, 10, 10, 6.5]}, True),
             ({"vis": [10, 10, 8, 8]}, False),
             ({"vis": [10, 10, 8, 8], "vis_ratio": 0.7}, True),
@@ -463,41 +372,12 @@ class TestRules:
         results = evaluate_tiny(scene(person(bbox=(10, 10, 25, 25))), found)
         assert results["MR50_small"] == counts
 
-    def test_crowds_are_ignored_by_precision_only(self):
-        results = evaluate_tiny(scene(person(iscrowd=1)), [])
-        assert (results["AP50_tiny"], results["MR50_tiny"]) == (-1, 1)
-
-    def test_of_equal_partners_the_last_is_taken(self):
-        # Both overlap the first detection equally; the second detection fits the first alone.
-        people = [person(1, (0, 0, 10, 10)), person(2, (10, 0, 10, 10))]
-        found = [guess((5, 0, 10, 10), 0.9), guess((0, 0, 10, 10), 0.8)]
-        assert evaluate_tiny(scene(*people), found)["AR25_tiny"] == 1
-        assert evaluate_tiny(scene(*people[::-1]), found)["AR25_tiny"] == 0.5
-        assert evaluate_tiny(scene(*people), found)["MR25_tiny"] == 0
-        assert evaluate_tiny(scene(*people[::-1]), found)["MR25_tiny"] == pytest.approx(0.5)
-
-    def test_quirk_large_ignored_regions_excuse_whatever_touches_them(self):
-        coco = scene(person(), person(2, (200, 200, 100, 100), ignore=True))
-        found = [guess(score=0.1)] + [guess((190.5, 220, 10, 10), 0.9)] * 200
-        assert evaluate_tiny(coco, found)["MR50_tiny"] == 0
-        assert evaluate_tiny(coco, found, quirks=False)["MR50_tiny"] == 1
-
     def test_quirk_needs_more_than_one_half(self):
         # A quarter inside a region one and a half times its size: 0.25 / 1.25 * 2.5 = 0.5.
         found = [guess((500, 500, 10, 10), 0.9)] * 200 + [guess()]
         for width, figure in ((15, 1), (16, 0)):
             region = person(2, (507.5, 500, width, 10), ignore=True)
             assert evaluate_tiny(scene(person(), region), found)["MR50_tiny"] == figure
-
-    def test_quirk_a_rate_exceeded_by_the_first_detection_has_the_last_recall(self):
-        coco = scene(person(), num_images=10)
-        found = [guess((500, 500, 10, 10), 0.9), guess()]
-        # One mistake in ten images: of the nine rates, the four below 0.1 are exceeded at once.
-        assert evaluate_tiny(coco, found)["MR50_tiny"] == 0
-        coco["annotations"].append(person(2, (300, 300, 10, 10)))
-        assert evaluate_tiny(coco, found)["MR50_tiny"] == pytest.approx(0.5)
-        clean = evaluate_tiny(coco, found, quirks=False)
-        assert clean["MR50_tiny"] == pytest.approx(0.5 ** (5 / 9))
 
 
 class TestInput:
@@ -509,32 +389,10 @@ class TestInput:
         assert evaluate_tiny(coco, found) == first
         assert capfd.readouterr() == ("", "")
 
-    def test_numbers_of_numpy(self):
-        coco, found = random_data(4)
-        arrays = [
-            {
-                "image_id": np.int64(entry["image_id"]),
-                "category_id": np.int32(entry["category_id"]),
-                "bbox": np.array(entry["bbox"]),
-                "score": np.float64(entry["score"]),
-            }
-            for entry in found
-        ]
-        assert evaluate_tiny(coco, arrays) == evaluate_tiny(coco, found)
-
-    def test_results_are_json(self):
-        results = evaluate_tiny(scene(person()), [guess()])
-        assert json.loads(json.dumps(results)) == results
-        assert {type(figure) for figure in results.values()} == {float}
-
     @pytest.mark.parametrize(
         ("change", "reason"),
         [
-            ({"image_id": 999}, "1 on no image of the file"),
             ({"image_id": "1"}, "1 on no image of the file"),
-            ({"bbox": None}, "1 no box"),
-            ({"bbox": [0, 0, 1]}, "1 not four finite numbers"),
-            ({"bbox": [0, 0, -1, 1]}, "1 negative size"),
             ({"bbox": [0, math.nan, 1, 1]}, "1 not four finite numbers"),
         ],
     )
@@ -603,35 +461,18 @@ class TestInput:
         with pytest.raises(ValueError, match=r"found\.json.*" + message):
             evaluate_tiny(scene(person()), path)
 
-    @pytest.mark.parametrize("key", ["image_id", "category_id", "bbox", "score"])
-    def test_missing_keys_of_detections(self, key):
-        broken = guess()
-        del broken[key]
-        with pytest.raises(ValueError, match=rf"detections\[1\].*{key}"):
+        broken = {key: value for key, value in guess().items() if key != field}
+        with pytest.raises(ValueError, match=rf"detections\[1\].*{field}"):
             evaluate_tiny(scene(person()), [guess(), broken])
-
-    def test_image_ids_that_repeat(self):
-        coco = scene(person())
-        coco["images"].append({"id": 1})
-        with pytest.raises(ValueError, match=r"images\[100\].*id .*found 1, which images\[0\] has"):
-            evaluate_tiny(coco, [])
-
-    @pytest.mark.parametrize("key", ["images", "annotations"])
-    def test_missing_lists(self, key):
-        coco = scene()
-        del coco[key]
-        with pytest.raises(ValueError, match=rf"ground_truth.*{key}"):
-            evaluate_tiny(coco, [])
-
-    def test_truncated_file(self, tmp_path):
-        path = tmp_path / "truth.json"
-        path.write_text(json.dumps(scene(person()))[:-5])
-        with pytest.raises(ValueError, match=r"truth\.json.*JSON"):
-            evaluate_tiny(path, [])
 
     @pytest.mark.parametrize(
         ("arguments", "name"),
-        [((5, []), "ground_truth"), ((scene(), 5), "detections"), ((scene(), {}), "detections")],
+        [
+            ((5, []), "ground_truth"),
+            (({"annotations": []}, []), "ground_truth"),
+            ((scene(), 5), "detections"),
+            ((scene(), {}), "detections"),
+        ],
     )
     def test_other_objects(self, arguments, name):
         with pytest.raises((TypeError, ValueError), match=rf"{name}.*[Ee]xpected"):

@@ -36,16 +36,6 @@ def test_tiles_of_the_published_example():
 
 
 @unhurried
-@given(st.integers(1, 3000), st.integers(1, 3000))
-def test_tiles_are_those_of_sahi(width, height):
-    slicing = pytest.importorskip("sahi.slicing")
-    expected = slicing.get_slice_bboxes(
-        height, width, 512, 640, overlap_height_ratio=50 / 512, overlap_width_ratio=50 / 640
-    )
-    assert sorted(corners(width, height)) == sorted(expected)
-
-
-@unhurried
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 90), st.integers(1, 90), st.data())
 def test_tiles_cover_the_image_and_overlap_enough(width, height, tile_width, tile_height, data):
     overlap = [data.draw(st.integers(0, side - 1)) for side in (tile_width, tile_height)]
@@ -122,9 +112,7 @@ def test_everything_else_is_kept():
     before = copy.deepcopy(source)
     cut = cut_dataset(source, tile_size=(100, 50), overlap=(20, 0))
     assert source == before
-    assert {key: cut[key] for key in ("info", "categories")} == {
-        key: source[key] for key in ("info", "categories")
-    }
+    assert (cut["info"], cut["categories"]) == (source["info"], source["categories"])
     assert cut["images"][1] == {
         "id": 2, "width": 100, "height": 50, "file_name": "a/b.jpg", "scene": "beach",
         "corner": [80, 0, 180, 50], "original_image_id": 5,
@@ -200,15 +188,6 @@ def test_merging_is_the_literal_suppression(data):
     assert merge_detections(detections, tiles) == literal_merge(detections, tiles)
 
 
-def test_an_overlap_of_exactly_one_half_in_the_legacy_metric_suppresses():
-    tiles = cut_dataset(dataset(100, 100, []))
-    found = [
-        {"image_id": 1, "bbox": [x, 20, 8, 8], "score": score, "mark": x}
-        for x, score in [(20, 0.8), (23, 0.9), (40, 0.8), (44, 0.9)]
-    ]
-    assert [detection["mark"] for detection in merge_detections(found, tiles)] == [23, 40, 44]
-
-
 @unhurried
 @given(
     st.integers(1, 400),
@@ -247,37 +226,6 @@ def test_cut_and_merged_ground_truth_is_the_ground_truth(width, height, parts):
     for detection in full:
         assert detection["bbox"] == pytest.approx(boxes[detection["truth"] - 10], abs=1e-9)
         assert detection["image_id"] == 5
-
-
-def test_boxes_well_inside_come_back_alone():
-    boxes = [[x, y, 12, 15] for x in (70, 200, 610) for y in (80, 300, 600)]
-    cut = cut_dataset(dataset(1000, 800, boxes))
-    detections = [
-        {"image_id": a["image_id"], "bbox": a["bbox"], "score": 1 - 1e-6 * a["id"]}
-        for a in cut["annotations"]
-    ]
-    assert len(detections) > len(boxes)
-    assert sorted(d["bbox"] for d in merge_detections(detections, cut)) == sorted(boxes)
-
-
-def test_real_boxes_up_to_the_overlap_are_all_in_some_tile(data_file):
-    source = json.loads(data_file("tinyperson_native_boxes.json").read_text())
-    source["images"] = source["images"][:150]
-    ids = {image["id"] for image in source["images"]}
-    source["annotations"] = [a for a in source["annotations"] if a["image_id"] in ids]
-    cut = cut_dataset(source)
-    sizes = {image["id"]: (image["width"], image["height"]) for image in source["images"]}
-    inside = {
-        a["id"]
-        for a in source["annotations"]
-        if min(a["bbox"][2:]) > 0
-        and max(a["bbox"][2:]) <= 50
-        and min(a["bbox"][:2]) >= 0
-        and a["bbox"][0] + a["bbox"][2] <= sizes[a["image_id"]][0]
-        and a["bbox"][1] + a["bbox"][3] <= sizes[a["image_id"]][1]
-    }
-    assert len(inside) > 1000
-    assert inside <= {a["original_annotation_id"] for a in cut["annotations"]}
 
 
 def test_a_tile_is_read_from_its_image_or_from_a_file_of_its_own(tmp_path):
@@ -336,15 +284,11 @@ def test_bad_images_of_a_dataset_are_named(key, value, tmp_path):
             cut_dataset(given_)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"image_id": 6}, {"bbox": [1, 2, 3]}, {"bbox": [1, 2, -3, 4]}, {"bbox": [1, math.nan, 3, 4]}],
-)
-def test_broken_annotations_are_left_out_with_a_warning(change):
+def test_broken_annotations_are_left_out_with_a_warning():
     source = dataset(100, 90, [[1, 1, 2, 2], [5, 5, 2, 2]])
     expected = cut_dataset({**source, "annotations": source["annotations"][1:]})
-    source["annotations"][0] |= change
-    with pytest.warns(UserWarning, match="^dataset: annotations left out: 1 "):
+    source["annotations"][0]["bbox"][2] = -3
+    with pytest.warns(UserWarning, match="^dataset: annotations left out: 1 negative size$"):
         assert cut_dataset(source) == expected
 
 
@@ -361,30 +305,18 @@ def test_ids_may_be_strings_and_annotations_have_none(tmp_path):
     assert (merged["image_id"], merged["bbox"]) == ("beach.jpg", [600, 0, 9, 9])
 
 
-def test_bad_files_and_types_are_named(tmp_path):
-    (tmp_path / "x.json").write_text('{"images": [')
-    with pytest.raises(ValueError, match=r"x\.json: dataset: expected a COCO JSON file, found"):
-        cut_dataset(tmp_path / "x.json")
+def test_bad_data_and_types_are_named():
     with pytest.raises(ValueError, match=r"dataset: .*annotations"):
         cut_dataset({"images": []})
     with pytest.raises(TypeError, match="a object in COCO data"):
         cut_dataset({"images": [], "annotations": [], "info": object()})
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("image_id", 2, r"detections\[1\]: expected as image_id .* found 2"),
-        ("bbox", [0, 0, -1, 1], r"detections\[1\]: expected as bbox .* found \[0, 0, -1, 1\]"),
-        ("score", math.inf, r"detections\[1\]: expected as score a finite number, found inf"),
-        ("score", "high", r"detections\[1\]\.score: Expected `float`"),
-    ],
-)
-def test_bad_detections_are_named(key, value, message):
+def test_bad_detections_are_named():
     tiles = cut_dataset(dataset(100, 100, []))
     good = {"image_id": 1, "bbox": [0, 0, 5, 5], "score": 0.5}
-    with pytest.raises(ValueError, match=message):
-        merge_detections([good, {**good, key: value}], tiles)
+    with pytest.raises(ValueError, match=r"detections\[1\]: expected as image_id .* found 2"):
+        merge_detections([good, {**good, "image_id": 2}], tiles)
 
 
 def test_nothing_merges_into_nothing():
