@@ -15,7 +15,7 @@ import torchvision
 
 from benchmarks.page import RESULTS
 
-# When this run began: its records stand beside those of earlier runs.
+# When this run began: its records stand next to those of earlier runs.
 BEGUN = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M}"
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -27,7 +27,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Keeps one result beside those of earlier runs."""
+    """Keeps one result next to those of earlier runs."""
 
     def keep(name: str, device: str = "cpu", **values: Any) -> None:
         where = _machine(device)

@@ -78,7 +78,7 @@ def tiny_retinanet(
             maps from a pyramid, finest first, each of `out_channels` channels. A module becomes a
             part of the detector, and is patched there.
         num_classes: Including the background, which has label 0.
-        weights: Taken so that all builders can be called alike: there are none but `None`.
+        weights: Must be `None`: there are none. Taken so that all builders have the same signature.
         weights_backbone: Of a `backbone` given by name: torchvision's name or enum for its ImageNet
             weights. `None` downloads nothing; batch normalisation is trained then, not frozen.
         trainable_backbone_layers: How many of the five parts of a `backbone` given by name are

@@ -147,9 +147,9 @@ def answers(found: dict[str, list[Runs]], count: int) -> list[str]:
         "not trained is computed once for all runs, and not in these times.)",
         "### Does the share of reached boxes predict AP?",
         images["reach"],
-        f"To a degree: the rank correlation over the rows of a data set is {predicted.mean:.2f} in "
-        f"the mean of the sets ({predicted.low:.2f} to {predicted.high:.2f}). `comparison.best` "
-        f"loses {np.mean(lost):.1f} points in the mean and {max(lost):.1f} at worst against the "
+        f"To a degree: the rank correlation over the rows of a data set is {predicted.mean:.2f} on "
+        f"average ({predicted.low:.2f} to {predicted.high:.2f}). `comparison.best` "
+        f"loses {np.mean(lost):.1f} points on average and {max(lost):.1f} at worst against the "
         f"best row by AP50 at the same input size; {np.mean(wider):.1f} and {max(wider):.1f} if "
         "the larger input counts as a row.",
         "### Do factors help the adapted detector?",
@@ -198,7 +198,7 @@ def _span(runs: Runs, row: str, other: str = Row.STOCK) -> str:
 
 
 def _over_stock(runs: Runs, row: str, name: str) -> float:
-    """Something of a row over that of stock, in the mean of the data sets."""
+    """Something of a row over that of stock, averaged over the data sets."""
     sets = [data for data in runs.by_row if runs.rows(data, [row])]
     values = [runs.average(data, row, name) / runs.average(data, Row.STOCK, name) for data in sets]
     return float(np.mean(values))
@@ -239,7 +239,7 @@ def steps(runs: Runs) -> str:
 
 
 def cost(runs: Runs) -> str:
-    """Operations, seconds of training and gain of each row, in the mean of the data sets."""
+    """Operations, seconds of training and gain of each row, averaged over the data sets."""
     lines = [
         [
             NAMES[row],
@@ -263,9 +263,9 @@ def reach(runs: Runs) -> str:
     wider = list(regrets(runs, FITS).values())
     text = (
         f"Rank correlation of the share of reached boxes with AP50 over the rows of a data set: "
-        f"{found.mean:.2f} in the mean of {len(found.by_data)} data sets, 95 % interval "
+        f"{found.mean:.2f} on average over {len(found.by_data)} data sets, 95 % interval "
         f"{found.low:.2f} to {found.high:.2f}. `comparison.best` is "
-        f"{np.mean(list(lost.values())):.1f} points below the best row by AP50 in the mean, "
+        f"{np.mean(list(lost.values())):.1f} points below the best row by AP50 on average, "
         f"{max(lost.values()):.1f} at worst; with the larger input among the rows "
         f"{np.mean(wider):.1f} and {max(wider):.1f}."
     )

@@ -104,7 +104,7 @@ class Group:
 
     @property
     def peak(self) -> float:
-        """The constant that is best in the mean over seeds."""
+        """The constant that is best on average over seeds."""
         return self.constants[int(self.table.mean(1).argmax())]
 
     def regret(self, kind: str) -> float:
@@ -118,7 +118,7 @@ class Group:
 
     @property
     def s_alpha(self) -> list[float]:
-        """S-alpha in the mean over seeds, finest edge first."""
+        """S-alpha averaged over seeds, finest edge first."""
         runs = self.runs[BASELINE].values()
         return [float(v) for v in np.mean([run["s_alpha"] for run in runs], axis=0)]
 
