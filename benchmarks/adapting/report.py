@@ -95,6 +95,9 @@ def _reached(runs: Runs, data: str) -> list[str]:
     ]
 
 
+_CHANGES = {"scale": "ranges times", "radius": "radius", "roi": "adapted, RoI levels"}
+
+
 def tables(found: dict[str, list[Runs]]) -> list[str]:
     """All tables, with their headings."""
     (main,) = found["main"]
@@ -165,13 +168,54 @@ def answers(found: dict[str, list[Runs]], count: int) -> list[str]:
         f"({main.over_sets(Row.ADAPTED, Row.STOCK)} "
         f"against {main.over_sets(Row.HALF, Row.ADAPTED)} for .5). Where the surroundings decide "
         f"(`dots`), .5 changes AP50 by {main.gain('dots', Row.HALF, Row.ADAPTED)} and S-alpha by "
-        f"{main.gain('dots', Row.ESTIMATED, Row.ADAPTED)}. All of this is after 150 or 200 steps: "
-        + (
-            "two sets have [four times as many](experiment-tables.md#four-times-the-steps)."
-            if "long" in found
-            else "whether it lasts was not measured."
+        f"{main.gain('dots', Row.ESTIMATED, Row.ADAPTED)}.",
+        *_lasting(found.get("long", [])),
+        *_other_detectors(found.get("heads", [])),
+    ]
+
+
+def _lasting(groups: list[Runs]) -> list[str]:
+    if not groups:
+        return []
+    (runs,) = groups
+    return [
+        "### Does it last?",
+        "All of the above is after 150 or 200 steps. After four times as many:\n\n"
+        + "\n".join(
+            f"- `{data}`: stock {runs.mean(data, Row.STOCK).mean:.1f}; adapting "
+            f"**{runs.gain(data, Row.ADAPTED, Row.STOCK)}**; on top of it .5 "
+            f"{runs.gain(data, Row.HALF, Row.ADAPTED)}, S-alpha "
+            f"{runs.gain(data, Row.ESTIMATED, Row.ADAPTED)}."
+            for data in runs.by_row
         ),
     ]
+
+
+def _other_detectors(groups: list[Runs]) -> list[str]:
+    lines = []
+    for detector, title in (("fcos", "FCOS"), ("fasterrcnn", "Faster R-CNN")):
+        same = [runs for runs in groups if runs.setting["detector"] == detector]
+        base = next((runs for runs in same if runs.rows("people", [Row.STOCK])), None)
+        for runs in same if base else ():
+            changes = [
+                f"{text} {runs.setting[name]}"
+                for name, text in _CHANGES.items()
+                if name in runs.setting
+            ]
+            row = Row.SCALE if runs.rows("people", [Row.SCALE]) else Row.ADAPTED
+            gains = [
+                f"{data} {mean_of(paired(runs.values(data, row), base.values(data, Row.STOCK)))}"
+                for data in base.by_row
+            ]
+            lines.append(f"- {', '.join([title, *(changes or ['adapted'])])}: {', '.join(gains)}.")
+    if not lines:
+        return []
+    head = (
+        "Gains over the same detector as it is, on two sets with three seeds. Faster R-CNN begins "
+        "at stride 4, so adapting only scales the anchors of its RPN. *RoI levels scaled* also "
+        "moves the sizes at which RoI pooling changes levels:"
+    )
+    return ["### What about FCOS and Faster R-CNN?", "\n".join([head, "", *lines])]
 
 
 def _fits_gain_more(runs: Runs) -> int:
@@ -217,7 +261,9 @@ def differences(base: Line, others: Sequence[Line]) -> str:
         over = mean_of([gain.mean for gain in gains if gain.count])
         cells = [f"{gain} ({gain.count})" if gain.count else "" for gain in gains]
         lines.append([label, *cells, str(over)])
-    return table(["", *sets, "mean of the sets"], lines)
+    # An interval over two data sets says nothing.
+    width = 1 + len(sets) + (len(sets) > 2)
+    return table(["", *sets, "mean of the sets"][:width], [line[:width] for line in lines])
 
 
 def within(runs: Runs, base: str, rows: Sequence[str], label: str = "") -> str:
