@@ -85,10 +85,9 @@ def adapt_detector(
     `center_sampling_radius` is divided by the scale, so that the radius in pixels stays, up to the
     rounding of sizes.
 
-    A trained head gives its boxes in units of the anchors. Anchors half as large therefore make the
-    same weights of a RetinaNet, RPN or FCOS predict boxes half as large, and half as far from the
-    centres of the anchors, until they are trained again. FCOS keeps its boxes if you divide the
-    weight and the bias of its last convolution, `head.regression_head.bbox_reg`, by the scale.
+    A trained head gives its boxes in units of the anchors: anchors half as large make the same
+    weights predict boxes half as large, until they are trained again. FCOS keeps its boxes if you
+    divide weight and bias of its last convolution, `head.regression_head.bbox_reg`, by the scale.
 
     A checkpoint holds neither anchors nor input size: a script that loads one has to repeat the
     call on a new detector first. Adapt once, before `patch_detector`, and before you make the

@@ -245,17 +245,15 @@ def compare_probe(
     step = 1 if probe.is_fcos else max(1, len(annotations.boxes) // _MORE_BOXES)
     rows: list[AnchorFit] = []
     masks: list[NDArray[np.float64]] = []
-    first_cost: int | None = None
+    first_operations = 0
     for variant, finer_level, input_scale in _variants(probe):
-        operations = _operations(variant, annotations)
-        first_cost = first_cost or operations
-        scales = [1.0] if probe.is_fcos or not finer_level else []
-        if not probe.is_fcos:
-            scales.append(_best_scale(variant, annotations))
-        for scale in scales:
+        operations = 0
+        for scale in _scales(variant, finer_level, annotations):
             adapted = _scaled(variant, scale)
             estimate = estimate_probe(adapted, annotations, clamp)
             masks.append(_reached(adapted, annotations, step))
+            operations = operations or _operations(variant, annotations)
+            first_operations = first_operations or operations
             cells = adapted.generator.cell_anchors
             rows.append(
                 AnchorFit(
@@ -265,7 +263,7 @@ def compare_probe(
                     anchor_sizes=anchor_sizes(adapted.generator),
                     reached=float(masks[-1].mean()) if probe.is_fcos else estimate.recall(MATCH),
                     max_objects=int(annotations.boxes_per_image.max()),
-                    cost=operations / first_cost,
+                    cost=operations / first_operations,
                     estimate=estimate,
                     different_anchors=tuple(len(level.unique(dim=0)) for level in cells),
                     own_anchors=own_anchors,
@@ -311,6 +309,14 @@ def _scaled(probe: DetectorProbe, scale: float) -> DetectorProbe:
     made = scaled_anchors(generator, scale)
     generator.sizes, generator.aspect_ratios, generator.cell_anchors = made
     return scaled
+
+
+def _scales(probe: DetectorProbe, finer_level: bool, annotations: Annotations) -> Iterator[float]:
+    """Yields the scale of each row on these levels and this input."""
+    if probe.is_fcos or not finer_level:
+        yield 1.0
+    if not probe.is_fcos:
+        yield _best_scale(probe, annotations)
 
 
 def _best_scale(probe: DetectorProbe, annotations: Annotations) -> float:
