@@ -81,13 +81,12 @@ class AnchorComparison:
         """Returns the line that adapts a detector to the best row."""
         return _call(self.best, f"max_objects={self.best.max_objects}")
 
-    @property
     def _verb(self) -> str:
         return "own a location" if self.is_fcos else f"reach IoU {MATCH:g}"
 
     def __str__(self) -> str:
         best, own = self.best, self.rows[0]
-        header = ("anchors", "finer level", "input", self._verb, "different", "cost", "alpha", "")
+        header = ("anchors", "finer level", "input", self._verb(), "different", "cost", "alpha", "")
         lines = table(header, [_table_row(row, row is best) for row in self.rows])
         if any("*" in line for line in lines):
             lines.append("* set by the clamp, or 1 because a level has no objects")
@@ -118,7 +117,7 @@ class AnchorComparison:
                 "a finer level": best.finer_level,
             }
             text = (
-                f"{own.reached:.0%} of the boxes {self._verb}; with "
+                f"{own.reached:.0%} of the boxes {self._verb()}; with "
                 f"{' and '.join(way for way, used in ways.items() if used)} {best.reached:.0%}"
             )
             found.append((best.reached - own.reached, f"{text}: {self.call}"))
@@ -126,7 +125,7 @@ class AnchorComparison:
             if row.input_scale > 1 and row.reached > best.reached + 0.1:
                 text = (
                     f"on an input {row.input_scale} times as large {row.reached:.0%} of the boxes "
-                    f"{self._verb}, for {row.cost:.1f} times the cost"
+                    f"{self._verb()}, for {row.cost:.1f} times the cost"
                 )
                 call = _call(row, f"input_scale={row.input_scale}")
                 found.append((row.reached - best.reached, f"{text}: {call}"))
