@@ -85,10 +85,9 @@ def adapt_detector(
     `center_sampling_radius` is divided by the scale, so that the radius in pixels stays, up to the
     rounding of sizes.
 
-    A trained head gives its boxes in units of the anchors. Anchors half as large therefore make the
-    same weights of a RetinaNet, RPN or FCOS predict boxes half as large, and half as far from the
-    centres of the anchors, until they are trained again. FCOS keeps its boxes if you divide the
-    weight and the bias of its last convolution, `head.regression_head.bbox_reg`, by the scale.
+    A trained head gives its boxes in units of the anchors: anchors half as large make the same
+    weights predict boxes half as large, until they are trained again. FCOS keeps its boxes if you
+    divide weight and bias of its last convolution, `head.regression_head.bbox_reg`, by the scale.
 
     A checkpoint holds neither anchors nor input size: a script that loads one has to repeat the
     call on a new detector first. Adapt once, before `patch_detector`, and before you make the
@@ -129,9 +128,8 @@ def adapt_detector(
     if isinstance(fit, AnchorFit):
         if finer_level is not False or input_scale != 1 or max_objects is not None:
             raise TypeError(
-                "fit: expected a row alone, as it holds the other arguments, found it with "
-                f"finer_level={_shown(finer_level)}, input_scale={_shown(input_scale)}, "
-                f"max_objects={_shown(max_objects)}"
+                "fit: expected a row alone, which holds the other arguments, found also "
+                f"finer_level={finer_level}, input_scale={input_scale}, max_objects={max_objects}"
             )
         _check_start(detector, fit)
         scale, finer_level, input_scale = fit.anchor_scale, fit.finer_level, fit.input_scale
@@ -139,50 +137,87 @@ def adapt_detector(
     scale = _positive(scale, "fit", "a row such as comparison.best, or a number")
     input_scale = _positive(input_scale, "input_scale", "a number")
     if not isinstance(finer_level, bool):
-        raise TypeError(f"finer_level: expected a bool, found {_shown(finer_level)}")
+        raise TypeError(f"finer_level: expected a bool, found {type(finer_level).__name__}")
     if max_objects is not None:
-        if isinstance(max_objects, bool) or not isinstance(max_objects, Integral):
-            raise TypeError(f"max_objects: expected a whole number, found {_shown(max_objects)}")
-        if max_objects < 1:
-            raise ValueError(f"max_objects: expected at least 1, found {max_objects}")
+        max_objects = int(_positive(max_objects, "max_objects", "a whole number", Integral))
     check_heads(detector)
     # Whatever can fail fails on a copy without weights.
     copied = skeleton(detector)
-    _check_maps(copied, "anchor generator")
-    change(copied, scale, finer_level, input_scale)
-    if finer_level:
-        _check_maps(copied, "finer_level")  # a backbone may choose the maps that it returns
-    if max_objects is not None:
-        _raise_caps(copied, int(max_objects))
-    change(detector, scale, finer_level, input_scale)
-    if max_objects is not None:
-        _raise_caps(detector, int(max_objects))
+    change(copied, scale, finer_level, input_scale, max_objects)
+    _check_maps(copied)
+    change(detector, scale, finer_level, input_scale, max_objects)
     return model
 
 
-def _check_maps(detector: Any, name: str) -> None:
-    """Raises ValueError if a skeleton has not as many feature maps as levels of anchors."""
-    backbone = detector.backbone
-    num_levels = len(anchor_generator(detector).cell_anchors)
-    try:
-        maps = run_backbone(backbone, (1, input_channels(backbone), _SIDE, _SIDE))
-    except Exception as error:  # of the user's code
+def _positive(value: Any, name: str, expected: str, kind: Any = Real) -> float:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {expected}, found {type(value).__name__}")
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}: expected a finite number above 0, found {number:g}")
+    return number
+
+
+def start_of(detector: Any) -> tuple[Cells, tuple[Any, ...]]:
+    """Returns what an `AnchorFit` starts from: cell anchors, and the sizes of the transform."""
+    cells = anchor_generator(detector).cell_anchors
+    names = ("min_size", "max_size", "fixed_size")
+    values = (getattr(detector.transform, name, None) for name in names)
+    return (
+        tuple(tuple(tuple(row) for row in level.tolist()) for level in cells),
+        tuple(tuple(v) if isinstance(v, list) else v for v in values),
+    )
+
+
+def _check_start(detector: Any, fit: AnchorFit) -> None:
+    anchors, input_sizes = start_of(detector)
+    rows = (itertools.chain.from_iterable(levels) for levels in (fit.own_anchors, anchors))
+    pairs = (("anchor", *pair) for pair in itertools.zip_longest(*rows))
+    for name, expected, found in (("input sizes", fit.own_input, input_sizes), *pairs):
+        if expected != found:
+            raise ValueError(
+                f"fit: expected the {name} {expected} that the row starts from, found {found}: is "
+                "the detector already adapted?"
+            )
+
+
+def check_heads(detector: Any) -> None:
+    """Raises ValueError if the head has another number of anchors per cell than the generator."""
+    head = getattr(getattr(detector, "rpn", detector), "head", None)
+    made = {len(cells) for cells in anchor_generator(detector).cell_anchors}
+    expected = getattr(getattr(head, "classification_head", None), "num_anchors", None)
+    if expected is None:
+        expected = getattr(getattr(head, "cls_logits", None), "out_channels", None)
+    if expected is not None and made != {expected}:
         raise ValueError(
-            f"{name}: expected a backbone that makes feature maps for {num_levels} levels of "
-            f"anchors, found {type(error).__name__}: {' '.join(str(error).split())}"
-        ) from error
-    if len(maps) != num_levels:
-        raise ValueError(
-            f"{name}: expected feature maps for {num_levels} levels of anchors, found {len(maps)} "
-            f"({', '.join(map(str, maps))})"
+            f"anchor generator: expected {expected} anchors per cell, as the head has, found "
+            f"{' and '.join(map(str, sorted(made)))}"
         )
 
 
-def change(detector: Any, scale: float, finer_level: bool, input_scale: float) -> None:
-    """Does what `adapt_detector` describes to a detector, but for the caps and checks of numbers.
+def _check_maps(detector: Any) -> None:
+    """Raises ValueError unless a skeleton makes a feature map for each level of anchors."""
+    backbone = detector.backbone
+    num_levels = len(anchor_generator(detector).cell_anchors)
+    try:
+        names = list(run_backbone(backbone, (1, input_channels(backbone), _SIDE, _SIDE)))
+        found = f"{len(names)} ({', '.join(map(str, names))})"
+    except Exception as error:  # of the user's code
+        names, found = [], f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if len(names) != num_levels:
+        raise ValueError(
+            f"model: expected feature maps for {num_levels} levels of anchors, found {found}"
+        )
 
-    Nothing is changed if it raises.
-    """
+
+def change(
+    detector: Any,
+    scale: float,
+    finer_level: bool,
+    input_scale: float,
+    max_objects: int | None = None,
+) -> None:
+    """Does what `adapt_detector` describes to a detector. If it raises, nothing is changed."""
     backbone = detector.backbone
     if any(isinstance(part, AlphaFeaturePyramidNetwork) for part in backbone.modules()):
         raise ValueError(
@@ -192,9 +227,11 @@ def change(detector: Any, scale: float, finer_level: bool, input_scale: float) -
     generator, transform = anchor_generator(detector), detector.transform
     sizes, ratios, cells = scaled_anchors(generator, scale, finer_level)
     resized = _scaled_input(transform, input_scale)
-    level = _FinerLevel(detector) if finer_level else None
-    if level is not None:
-        level.add()
+    new: list[str] = []
+    renamed: dict[str, str] = {}
+    if finer_level:
+        name, renamed = _add_finer_level(backbone)
+        new = [name]
     generator.sizes, generator.aspect_ratios, generator.cell_anchors = sizes, ratios, cells
     if isinstance(detector, FCOS):
         detector.center_sampling_radius /= scale
@@ -203,9 +240,10 @@ def change(detector: Any, scale: float, finer_level: bool, input_scale: float) -
     for pool in getattr(detector, "roi_heads", nn.Module()).modules():
         if isinstance(pool, MultiScaleRoIAlign):
             pool.scales = pool.map_levels = None  # kept from its first call
-            if level is not None:
-                names = [level.names.get(str(name), name) for name in pool.featmap_names]
-                pool.featmap_names = list(dict.fromkeys([level.name, *names]))
+            pooled = [renamed.get(str(name), name) for name in pool.featmap_names]
+            pool.featmap_names = list(dict.fromkeys([*new, *pooled]))
+    if max_objects is not None:
+        _raise_caps(detector, max_objects)
 
 
 def scaled_anchors(
@@ -214,39 +252,33 @@ def scaled_anchors(
     """Returns sizes, aspect ratios and cell anchors [A, 4] per level, with `scale` times the sizes.
 
     torchvision makes the anchors from the sizes and rounds them. Anchors that are not made from
-    sizes are scaled about their centres.
-
-    Raises:
-        ValueError: If an anchor would have no area, or no bounds; the message names the level.
+    sizes are scaled about their centres. An anchor without area or bounds is a ValueError.
     """
-    old = list(generator.cell_anchors)
     sizes = [tuple(float(size) * scale for size in level) for level in generator.sizes]
     ratios = [tuple(level) for level in generator.aspect_ratios]
-    made = bool(anchor_sizes(generator))
-    if made:
-        parts = zip(sizes, ratios, old, strict=True)
-        cells = [_made(generator, s, r, like) for s, r, like in parts]
-    elif scale == 1:
-        cells = old  # without rounding
-    else:
-        cells = [_about_centre(cell, scale) for cell in old]
+    old = cells = list(generator.cell_anchors)
     if finer_level:
         sizes.insert(0, tuple(size / 2 for size in sizes[0]))
         ratios.insert(0, ratios[0])
-        # Half of the centre too where it is not 0: the grid is twice as fine.
-        new = _made(generator, sizes[0], ratios[0], old[0]) if made else cells[0] / 2
-        cells = [new, *cells]
-    for level, cell in enumerate(cells):
+        # Half of the centre too if it is not 0: the grid is twice as fine.
+        old = [cells[0] / 2, *cells]
+    if anchor_sizes(generator):
+        cells = [_made(generator, *level) for level in zip(sizes, ratios, old, strict=True)]
+    else:
+        cells = [_about_centre(cell, scale) for cell in old]
+    for i, cell in enumerate(cells):
         for width, height in (cell[:, 2:] - cell[:, :2]).tolist():
             if not 0 < min(width, height) <= max(width, height) < math.inf:
                 raise ValueError(
                     f"fit: expected a scale that leaves each anchor an area, found {scale:g}: an "
-                    f"anchor on level {level} would have {width:g} x {height:g} pixels"
+                    f"anchor on level {i} would have {width:g} x {height:g} pixels"
                 )
     return tuple(sizes), tuple(ratios), cells
 
 
 def _about_centre(cell: Tensor, scale: float) -> Tensor:
+    if scale == 1:
+        return cell  # without rounding
     exact = cell.to(torch.promote_types(cell.dtype, torch.float32))
     centre = (exact[:, :2] + exact[:, 2:]).repeat(1, 2) / 2
     return (centre + (exact - centre) * scale).to(cell)
@@ -269,51 +301,6 @@ def _made(generator: AnchorGenerator, sizes: Any, ratios: Any, like: Tensor) -> 
     with torch.device("cpu"):
         made: Tensor = generator.generate_anchors(sizes, ratios).to(like)
         return made
-
-
-def start_of(detector: Any) -> tuple[Cells, tuple[Any, ...]]:
-    """Returns what an `AnchorFit` starts from: cell anchors, and the sizes of the transform."""
-    cells = anchor_generator(detector).cell_anchors
-    names = ("min_size", "max_size", "fixed_size")
-    values = (getattr(detector.transform, name, None) for name in names)
-    return (
-        tuple(tuple(tuple(row) for row in level.tolist()) for level in cells),
-        tuple(tuple(v) if isinstance(v, list) else v for v in values),
-    )
-
-
-def check_heads(detector: Any) -> None:
-    """Raises ValueError if the head has another number of anchors per cell than the generator."""
-    head = getattr(getattr(detector, "rpn", detector), "head", None)
-    made = {len(cells) for cells in anchor_generator(detector).cell_anchors}
-    expected = getattr(getattr(head, "classification_head", None), "num_anchors", None)
-    if expected is None:
-        expected = getattr(getattr(head, "cls_logits", None), "out_channels", None)
-    if expected is not None and made != {expected}:
-        raise ValueError(
-            f"anchor generator: expected {expected} anchors per cell, as the head has, found "
-            f"{' and '.join(map(str, sorted(made)))}"
-        )
-
-
-def _check_start(detector: Any, fit: AnchorFit) -> None:
-    anchors, input_sizes = start_of(detector)
-    cells = itertools.zip_longest(
-        itertools.chain.from_iterable(fit.own_anchors), itertools.chain.from_iterable(anchors)
-    )
-    pairs = ("input sizes", fit.own_input, input_sizes), *(("anchor", *pair) for pair in cells)
-    for what, expected, found in pairs:
-        if expected != found:
-            raise ValueError(
-                f"fit: expected the {what} {expected} that the row starts from, found {found}: is "
-                "the detector already adapted?"
-            )
-
-
-def _shown(value: Any) -> str:
-    """Describes a value on one line."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 100 else f"{text[:100]} ..."
 
 
 def _scaled_input(transform: Any, scale: float) -> tuple[Any, ...] | None:
@@ -347,99 +334,65 @@ def _raise_caps(detector: Any, max_objects: int) -> None:
             setattr(detector.rpn, name, raised)
 
 
-def _positive(value: Any, name: str, expected: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected {expected}, found {type(value).__name__}")
-    number = float(value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name}: expected a finite number above 0, found {number:g}")
-    return number
+def _add_finer_level(backbone: Any) -> tuple[str, dict[str, str]]:
+    """Gives a pyramid the level at half its finest stride, or raises ValueError.
+
+    Returns the name of its map, and a new name for each old one.
+    """
+    backbone = backbone._modules.get("_orig_mod", backbone)
+    body: Any = getattr(backbone, "body", None)
+    fpn: Any = getattr(backbone, "fpn", None)
+    if not is_stock(body, IntermediateLayerGetter, "forward"):
+        raise ValueError(
+            "finer_level: expected a backbone whose body is torchvision's "
+            f"IntermediateLayerGetter, found {_class(body)}"
+        )
+    if type(fpn) is not FeaturePyramidNetwork:
+        raise ValueError(f"finer_level: expected a FeaturePyramidNetwork, found {_class(fpn)}")
+    stage, channels = _finer_stage(body, input_channels(backbone))
+    inner = _like(fpn.inner_blocks[0], channels)
+    layer = _like(fpn.layer_blocks[0], inner[0].out_channels)
+    old = [str(name) for name in body.return_layers.values()]
+    names = [f"finer {stage}" if stage in old else stage, *old]
+    if old == [str(i) for i in range(len(old))]:
+        names = [*old, str(len(old))]
+    body.return_layers = dict(zip([stage, *body.return_layers], names, strict=True))
+    fpn.inner_blocks.insert(0, inner)
+    fpn.layer_blocks.insert(0, layer)
+    return names[0], dict(zip(old, names[1:], strict=True))
 
 
 def _class(part: Any) -> str:
     return "none" if part is None else type(part).__name__
 
 
-class _FinerLevel:
-    """The level at half the finest stride that a pyramid can get.
-
-    Attributes:
-        name: Of its map.
-        names: New names of the maps that there are.
-
-    Raises:
-        ValueError: If the body has no stage for it, or the pyramid is none of torchvision's.
-    """
-
-    def __init__(self, detector: Any) -> None:
-        backbone = detector.backbone
-        backbone = backbone._modules.get("_orig_mod", backbone)
-        body: Any = getattr(backbone, "body", None)
-        fpn: Any = getattr(backbone, "fpn", None)
-        if not is_stock(body, IntermediateLayerGetter, "forward"):
-            raise ValueError(
-                "finer_level: expected a backbone whose body is torchvision's "
-                f"IntermediateLayerGetter, found {_class(body)}"
-            )
-        if type(fpn) is not FeaturePyramidNetwork:
-            raise ValueError(f"finer_level: expected a FeaturePyramidNetwork, found {_class(fpn)}")
-        self.body, self.fpn = body, fpn
-        self.stage, channels = _finer_stage(body, input_channels(backbone))
-        old = list(map(str, body.return_layers.values()))
-        if old == [str(i) for i in range(len(old))]:
-            self.name, self.names = "0", {name: str(i + 1) for i, name in enumerate(old)}
-        else:
-            taken = self.stage in old
-            self.name = f"finer {self.stage}" if taken else self.stage
-            self.names = {name: name for name in old}
-        self.inner = _like(fpn.inner_blocks[0], channels)
-        self.layer = _like(fpn.layer_blocks[0])
-
-    def add(self) -> None:
-        """Gives the level to the body and the pyramid."""
-        self.fpn.inner_blocks.insert(0, self.inner)
-        self.fpn.layer_blocks.insert(0, self.layer)
-        old = self.body.return_layers
-        self.body.return_layers = {
-            self.stage: self.name,
-            **{stage: self.names[str(name)] for stage, name in old.items()},
-        }
-
-
 def _finer_stage(body: Any, num_channels: int) -> tuple[str, int]:
     """Finds the last child at half the finest returned stride: its name and its channels."""
-    stages: dict[str, tuple[int, int]] = {}
     copied = skeleton(body).eval()
-    for name, child in copied.named_children():
-
-        def record(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-            stages[name] = _SIDE // int(output.shape[-1]), int(output.shape[1])
-
-        child.register_forward_hook(record)
-    run_backbone(copied, (1, num_channels, _SIDE, _SIDE))
-    names = list(stages)
-    returned = [name for name in names if name in body.return_layers]
-    strides = [stages[name][0] for name in returned]
-    wanted = strides[0] // 2
-    finer = [name for name in names[: names.index(returned[0])] if stages[name][0] == wanted]
-    if len(set(strides)) < len(strides) or wanted < _FINEST_STRIDE or not finer:
-        shown = ", ".join(f"{name} (stride {stages[name][0]})" for name in names)
+    copied.return_layers = {name: name for name in copied._modules}
+    maps = run_backbone(copied, (1, num_channels, _SIDE, _SIDE))
+    strides = {name: _SIDE // int(feature.shape[-1]) for name, feature in maps.items()}
+    returned = [name for name in strides if name in body.return_layers]
+    found = [strides[name] for name in returned]
+    before = itertools.takewhile(lambda name: name != returned[0], strides)
+    finer = [name for name in before if strides[name] == found[0] // 2]
+    if len(set(found)) < len(found) or found[0] // 2 < _FINEST_STRIDE or not finer:
+        shown = ", ".join(f"{name} (stride {stride})" for name, stride in strides.items())
         raise ValueError(
             f"finer_level: expected a stage at half the finest stride, {_FINEST_STRIDE} or more, "
-            f"and fused maps of different strides, found strides {strides} of {returned}; the "
+            f"and fused maps of different strides, found strides {found} of {returned}; the "
             f"stages are {shown}"
         )
-    return finer[-1], stages[finer[-1]][1]
+    return finer[-1], int(maps[finer[-1]].shape[1])
 
 
-def _like(block: Any, in_channels: int | None = None) -> Any:
+def _like(block: Any, in_channels: int) -> Any:
     """Makes a block of a pyramid in the form of another one, initialised as torchvision does."""
-    convolution = block[0] if isinstance(block, nn.Sequential) else None
-    if type(convolution) is not nn.Conv2d:
-        found = type(block).__name__ if convolution is None else f"a {_class(convolution)} there"
+    first = block[0] if isinstance(block, nn.Sequential) else None
+    if type(first) is not nn.Conv2d:
         raise ValueError(
             "finer_level: expected blocks of the pyramid that are a Sequential with a Conv2d "
-            f"first, found {found}"
+            f"first, found {type(block).__name__} with {_class(first)}"
         )
     # Parameters made under inference mode could not be trained.
     with torch.inference_mode(False), torch.no_grad():
@@ -460,10 +413,9 @@ def _like(block: Any, in_channels: int | None = None) -> Any:
             elif hasattr(part, "reset_parameters"):
                 part.reset_parameters()
         made = new[0]
-        if in_channels is not None:
-            weight = made.weight.new_empty(len(made.weight), in_channels, *made.kernel_size)
-            made.in_channels = in_channels
-            made.weight = nn.Parameter(weight, made.weight.requires_grad)
+        shape = len(made.weight), in_channels // made.groups, *made.kernel_size
+        made.in_channels = in_channels
+        made.weight = nn.Parameter(made.weight.new_empty(shape), made.weight.requires_grad)
         nn.init.kaiming_uniform_(made.weight, a=1)
         if made.bias is not None:
             nn.init.zeros_(made.bias)

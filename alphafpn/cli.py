@@ -11,8 +11,9 @@ import difflib
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -26,9 +27,6 @@ from alphafpn.estimate.annotations import read_annotations
 from alphafpn.estimate.checks import DEFAULT_CLAMP
 from alphafpn.estimate.probe import DetectorProbe
 from alphafpn.estimate.report import warnings
-
-if TYPE_CHECKING:
-    pass
 
 TINY = ("tiny_retinanet", "tiny_faster_rcnn")
 
@@ -60,10 +58,6 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _detector_names() -> list[str]:
-    return [*(name for name in list_models(module=detection) if "_fpn" in name), *TINY]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="alphafpn", description="Fusion factors for tiny-object detectors.")
     parser.add_argument("--version", action="version", version=f"alphafpn {__version__}")
@@ -75,47 +69,26 @@ def _parser() -> argparse.ArgumentParser:
         description="Counts the boxes of a COCO-format file per pyramid level of a detector, as "
         "its network sees them, and prints the fusion factors.",
     )
-    estimate.add_argument(
-        "annotations",
-        type=Path,
-        nargs="+",
-        metavar="ANNOTATIONS",
-        help="COCO-format JSON; several files count as one",
-    )
-    estimate.add_argument(
-        "--detector",
-        default="",  # so that the message without it lists the names
-        metavar="NAME",
-        help="a torchvision FPN detector, such as fasterrcnn_resnet50_fpn_v2, or "
-        + " or ".join(TINY),
-    )
-    estimate.add_argument(
-        "--min-size", type=_positive, nargs="+", metavar="N", help="as the detector's own argument"
-    )
-    estimate.add_argument(
-        "--max-size", type=_positive, metavar="N", help="as the detector's own argument"
-    )
-    estimate.add_argument(
-        "--anchor-sizes",
-        type=_numbers,
-        nargs="+",
-        metavar="S[,S...]",
-        help="anchor sizes in pixels, one argument per level; several per level with commas",
-    )
-    estimate.add_argument(
-        "--aspect-ratios",
-        type=_positive_float,
-        nargs="+",
-        metavar="R",
-        help="height / width of the anchors on every level",
-    )
-    estimate.add_argument(
-        "--categories", type=_id, nargs="+", metavar="ID", help="count only these category ids"
-    )
-    estimate.add_argument("--no-clamp", action="store_true", help="leave the factors unclamped")
-    estimate.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    estimate.add_argument("--plot", type=Path, metavar="FILE", help="save a picture")
     estimate.set_defaults(run=_estimate)
+    add = estimate.add_argument
+    several = "COCO-format JSON; several files count as one"
+    add("annotations", type=Path, nargs="+", metavar="ANNOTATIONS", help=several)
+    names = (
+        f"a torchvision FPN detector, such as fasterrcnn_resnet50_fpn_v2, or {' or '.join(TINY)}"
+    )
+    # The default is no name, so that the message without it lists the names.
+    add("--detector", default="", metavar="NAME", help=names)
+    own = "as the detector's own argument"
+    add("--min-size", type=partial(_positive, int), nargs="+", metavar="N", help=own)
+    add("--max-size", type=partial(_positive, int), metavar="N", help=own)
+    sizes = "anchor sizes in pixels, one argument per level; several per level with commas"
+    add("--anchor-sizes", type=_numbers, nargs="+", metavar="S[,S...]", help=sizes)
+    ratios = "height / width of the anchors on every level"
+    add("--aspect-ratios", type=partial(_positive, float), nargs="+", metavar="R", help=ratios)
+    add("--categories", type=_id, nargs="+", metavar="ID", help="count only these category ids")
+    add("--no-clamp", action="store_true", help="leave the factors unclamped")
+    add("--json", action="store_true", help="one JSON object instead of a table")
+    add("--plot", type=Path, metavar="FILE", help="save a picture")
 
     demo = commands.add_parser(
         "demo",
@@ -123,16 +96,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains a small detector as it is, adapted, and with fusion factors, on drawn "
         "scenes or on your images, and compares them (extra: demo).",
     )
-    demo.add_argument("--images", type=Path, metavar="DIR", help="your images")
-    demo.add_argument("--annotations", type=Path, metavar="FILE", help="their COCO-format JSON")
-    demo.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("alphafpn-demo"),
-        help="default: %(default)s",
-    )
     demo.set_defaults(run=_demo)
+    add = demo.add_argument
+    add("--images", type=Path, metavar="DIR", help="your images")
+    add("--annotations", type=Path, metavar="FILE", help="their COCO-format JSON")
+    default = Path("alphafpn-demo")
+    add("--out", type=Path, metavar="DIR", default=default, help="default: %(default)s")
     return parser
 
 
@@ -160,8 +129,8 @@ def _estimate(options: argparse.Namespace) -> None:
         return
     print("\n".join(findings or ["The detector fits these boxes: there is nothing to adapt."]))
     print(f"\n{estimate.summary()}\n")
-    names = ("min_size", "max_size", "anchor_sizes", "aspect_ratios")
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
+    names = ("--min-size", "--max-size", "--anchor-sizes", "--aspect-ratios")
+    given = [name for name in names if getattr(options, name[2:].replace("-", "_"))]
     if given:
         print(f"All scales and calls are for a detector that is built with your {', '.join(given)}")
     print(comparison)
@@ -169,7 +138,7 @@ def _estimate(options: argparse.Namespace) -> None:
 
 def _detector(options: argparse.Namespace) -> nn.Module:
     """Builds the detector by name, without weights: only its anchors and sizes matter."""
-    names = _detector_names()
+    names = [*(name for name in list_models(module=detection) if "_fpn" in name), *TINY]
     if options.detector not in names:
         begun = [name for name in names if name.startswith(options.detector)]
         near = begun or difflib.get_close_matches(options.detector, names, 1)
@@ -236,21 +205,16 @@ def _id(text: str) -> int | str:
     return int(text) if text.lstrip("-").isdecimal() else text
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a positive whole number expected, found {text!r}")
-    return int(text)
-
-
-def _positive_float(text: str) -> float:
+def _positive(kind: type[int] | type[float], text: str) -> float:
     try:
-        value = float(text)
+        value = kind(text)
     except ValueError:
-        value = 0.0
+        value = 0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"a positive number expected, found {text!r}")
+        name = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"expected a positive {name}, found {text!r}")
     return value
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(_positive_float(part) for part in text.split(","))
+    return tuple(_positive(float, part) for part in text.split(","))

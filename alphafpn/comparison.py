@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -76,14 +79,14 @@ class AnchorComparison:
     @property
     def call(self) -> str:
         """Returns the line that adapts a detector to the best row."""
-        row = self.best
-        finer = ", finer_level=True" if row.finer_level else ""
-        return f"adapt_detector(model, {row.anchor_scale:g}{finer}, max_objects={row.max_objects})"
+        return _call(self.best, f"max_objects={self.best.max_objects}")
+
+    def _verb(self) -> str:
+        return "own a location" if self.is_fcos else f"reach IoU {MATCH:g}"
 
     def __str__(self) -> str:
-        best = self.best
-        reached = "own a location" if self.is_fcos else f"reach IoU {MATCH:g}"
-        header = ("anchors", "finer level", "input", reached, "different", "cost", "alpha", "")
+        best, own = self.best, self.rows[0]
+        header = ("anchors", "finer level", "input", self._verb(), "different", "cost", "alpha", "")
         lines = table(header, [_table_row(row, row is best) for row in self.rows])
         if any("*" in line for line in lines):
             lines.append("* set by the clamp, or 1 because a level has no objects")
@@ -93,11 +96,11 @@ class AnchorComparison:
             named = zip(best.estimate.level_names, best.anchor_sizes, strict=True)
             levels = (f"{name} {','.join(f'{s:.4g}' for s in sizes)}" for name, sizes in named)
             lines.append(f"anchor sizes of the best row: {'; '.join(levels)}")
-        if best is self.rows[0]:
+        if best is own:
             lines.append("There is nothing to adapt: no row at this input reaches more by 2 points")
-        if best.estimate.num_boxes < _RELIABLE_BOXES:
+        if own.estimate.num_boxes < _RELIABLE_BOXES:
             lines.append(
-                f"The scale is not reliable: {best.estimate.num_boxes} boxes, fewer than "
+                f"The scale is not reliable: {own.estimate.num_boxes} boxes, fewer than "
                 f"{_RELIABLE_BOXES}"
             )
         return "\n".join([*lines, self.call])
@@ -105,65 +108,53 @@ class AnchorComparison:
     def findings(self) -> list[str]:
         """Returns what loses objects, worst first, each with the line that mends it."""
         own, best = self.rows[0], self.best
+        crowded, limit = own.estimate.num_crowded, own.estimate.detections_per_image
         found: list[tuple[float, str]] = []
-        verb = "own a location" if self.is_fcos else f"reach IoU {MATCH:g}"
         if best is not own:
-            ways = ["smaller anchors" if best.anchor_scale < 1 else "larger anchors"]
-            ways = ways * (best.anchor_scale != 1) + ["a finer level"] * best.finer_level
-            found.append(
-                (
-                    best.reached - own.reached,
-                    f"{own.reached:.0%} of the boxes {verb}; with {' and '.join(ways)} "
-                    f"{best.reached:.0%}: {self.call}",
-                )
+            ways = {
+                "smaller anchors": best.anchor_scale < 1,
+                "larger anchors": best.anchor_scale > 1,
+                "a finer level": best.finer_level,
+            }
+            text = (
+                f"{own.reached:.0%} of the boxes {self._verb()}; with "
+                f"{' and '.join(way for way, used in ways.items() if used)} {best.reached:.0%}"
             )
+            found.append((best.reached - own.reached, f"{text}: {self.call}"))
         for row in self.rows:
             if row.input_scale > 1 and row.reached > best.reached + 0.1:
-                scale = f"{row.anchor_scale:g}"
-                finer = ", finer_level=True" * row.finer_level
-                found.append(
-                    (
-                        row.reached - best.reached,
-                        f"on an input {row.input_scale} times as large {row.reached:.0%} of the "
-                        f"boxes {verb}, for {row.cost:.1f} times the cost: adapt_detector(model, "
-                        f"{scale}{finer}, input_scale={row.input_scale})",
-                    )
+                text = (
+                    f"on an input {row.input_scale} times as large {row.reached:.0%} of the boxes "
+                    f"{self._verb()}, for {row.cost:.1f} times the cost"
                 )
-        limit = own.estimate.detections_per_image
-        if limit is not None and own.max_objects > limit:
-            found.append(
-                (
-                    own.estimate.num_crowded / own.estimate.num_images,
-                    f"{own.estimate.num_crowded} images hold more objects than the {limit} "
-                    f"detections per image that the detector returns: {self.call}",
-                )
+                call = _call(row, f"input_scale={row.input_scale}")
+                found.append((row.reached - best.reached, f"{text}: {call}"))
+        if crowded:
+            text = (
+                f"{crowded} images hold more objects than the {limit} detections per image that "
+                "the detector returns"
             )
+            found.append((crowded / own.estimate.num_images, f"{text}: {self.call}"))
         if own.max_objects > 100:
-            found.append(
-                (
-                    0.0,
-                    f"an image holds {own.max_objects} objects; evaluations count fewer "
-                    "detections: COCO and torchmetrics 100 (max_detection_thresholds), "
-                    "evaluate_tiny 200 (max_detections)",
-                )
+            text = (
+                f"an image holds {own.max_objects} objects; evaluations count fewer detections: "
+                "COCO and torchmetrics 100 (max_detection_thresholds), evaluate_tiny 200 "
+                "(max_detections)"
             )
+            found.append((0.0, text))
         return [text for _, text in sorted(found, key=lambda pair: -pair[0])]
 
     def to_list(self) -> list[dict[str, Any]]:
         """Returns the rows as strict JSON."""
+        names = ("anchor_scale", "finer_level", "input_scale", "reached", "max_objects", "cost")
         result = []
         for row in self.rows:
             whole = row.estimate.to_dict()
             result.append(
                 {
-                    "anchor_scale": row.anchor_scale,
-                    "finer_level": row.finer_level,
-                    "input_scale": row.input_scale,
+                    **{name: getattr(row, name) for name in names},
                     "anchor_sizes": [list(level) for level in row.anchor_sizes],
                     "different_anchors": list(row.different_anchors),
-                    "reached": row.reached,
-                    "max_objects": row.max_objects,
-                    "cost": row.cost,
                     "best": row is self.best,
                     **{key: whole[key] for key in ("level_names", "counts", "ratios", "alpha")},
                 }
@@ -178,17 +169,13 @@ class AnchorComparison:
         """
         axes = new_axes() if axes is None else axes
         middles = [math.sqrt(a * b) for a, b in pairwise(self.size_edges)]
-        shown = {"as it is": 0}
-        if self.best is not self.rows[0]:
-            shown["adapted"] = self.rows.index(self.best)
+        shown = {"as it is": self.rows[0], "adapted": self.best}
+        if self.best is self.rows[0]:
+            del shown["adapted"]
         for label, row in shown.items():
-            points = [
-                (middle, reached / boxes)
-                for middle, reached, boxes in zip(
-                    middles, self.reached_by_size[row], self.boxes_by_size, strict=True
-                )
-                if boxes
-            ]
+            reached = self.reached_by_size[self.rows.index(row)]
+            bins = zip(middles, reached, self.boxes_by_size, strict=True)
+            points = [(middle, some / boxes) for middle, some, boxes in bins if boxes]
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
@@ -249,124 +236,114 @@ def compare_probe(
     probe: DetectorProbe, annotations: Annotations, clamp: tuple[float, float] | None
 ) -> AnchorComparison:
     """Compares as `compare_anchors` does, for annotations that have been read."""
-    rows, masks = [], []
-    start = start_of(probe.detector)
-    median = annotations.image_sizes[
-        np.argsort(annotations.image_sizes.prod(1))[(len(annotations.image_sizes) - 1) // 2]
-    ]
-    operations: dict[tuple[bool, int], int] = {}
-    step = max(1, len(annotations.boxes) // _MORE_BOXES)
-    for scale, variant, finer, enlarged in _variants(probe, annotations):
-        estimate = estimate_probe(variant, annotations, clamp)
-        # The boxes of FCOS compete, so all of them are looked at.
-        reached = _reached(variant, annotations, 1 if variant.is_fcos else step)
-        key = finer, enlarged
-        if key not in operations:
-            operations[key] = _operations(variant, (int(median[0]), int(median[1])))
-        rows.append(
-            AnchorFit(
-                anchor_scale=scale,
-                finer_level=finer,
-                input_scale=enlarged,
-                anchor_sizes=anchor_sizes(variant.generator),
-                reached=float(reached.mean()) if variant.is_fcos else estimate.recall(MATCH),
-                max_objects=int(annotations.boxes_per_image.max()),
-                cost=operations[key] / operations[False, 1],
-                estimate=estimate,
-                different_anchors=tuple(
-                    len(cells.unique(dim=0)) for cells in variant.generator.cell_anchors
-                ),
-                own_anchors=start[0],
-                own_input=start[1],
-            )
-        )
-        masks.append(reached[::step] if variant.is_fcos else reached)
-    boxes = annotations.boxes[::step]
-    sides = np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
-    bins = np.clip(np.digitize(sides, _SIZE_EDGES) - 1, 0, len(_SIZE_EDGES) - 2)
-    by_size = [
-        tuple(np.bincount(bins, weights, len(_SIZE_EDGES) - 1).round().astype(int).tolist())
-        for weights in (None, *masks)
-    ]
-    return AnchorComparison(tuple(rows), probe.is_fcos, _SIZE_EDGES, by_size[0], tuple(by_size[1:]))
-
-
-def _variants(
-    probe: DetectorProbe, annotations: Annotations
-) -> Iterator[tuple[float, DetectorProbe, bool, int]]:
-    """Yields scale, probe, finer level and input scale of each row."""
-    yield 1.0, probe, False, 1
-    finer: DetectorProbe | None = None
-    with contextlib.suppress(ValueError):  # if the body has no stage for it
-        finer = _adapted(probe, probe, 1.0, True, 1)
-    if probe.is_fcos:
-        if finer is not None:
-            yield 1.0, finer, True, 1
-    else:
-        scale = _best_scale(probe, annotations, probe, False)
-        yield scale, _adapted(probe, probe, scale, False, 1), False, 1
-        if finer is not None:
-            scale = _best_scale(finer, annotations, probe, True)
-            yield scale, _adapted(probe, finer, scale, True, 1), True, 1
-    if not probe.resize.resizes:
-        return
-    larger = _adapted(probe, probe, 1.0, False, 2)
-    yield 1.0, larger, False, 2
-    if not probe.is_fcos:
-        scale = _best_scale(larger, annotations, probe, False)
-        yield scale, _adapted(probe, larger, scale, False, 2), False, 2
-    elif finer is not None:
-        yield 1.0, _adapted(probe, finer, 1.0, True, 2), True, 2
-
-
-def _adapted(
-    probe: DetectorProbe, like: DetectorProbe, scale: float, finer_level: bool, input_scale: int
-) -> DetectorProbe:
-    """Adapts a copy of the detector; `like` is a probe with the same levels."""
-    detector = skeleton(probe.detector)
-    for part in detector.backbone.modules():
+    for part in probe.detector.backbone.modules():
         if isinstance(part, AlphaFeaturePyramidNetwork):  # factors move no anchor
             remove_factors(part)
-    change(detector, scale, finer_level, input_scale)
-    return DetectorProbe(detector, like)
-
-
-def _best_scale(
-    variant: DetectorProbe, annotations: Annotations, probe: DetectorProbe, finer_level: bool
-) -> float:
-    """Searches the anchor scale with which most boxes reach IoU .5, then .4, then nearest to 1."""
-    seen = [input_boxes(variant, annotations, size) for size in variant.resize.min_sizes]
-    whole = largest([layout for part in seen for layout in part.layouts])
-    found: dict[tuple[float, int], tuple[int, int, float]] = {}
-
-    def value(scale: float, step: int) -> tuple[int, int, float]:
-        if (scale, step) not in found:
-            found[scale, step] = (-1, -1, 0.0)
-            try:
-                cells = scaled_anchors(probe.generator, scale, finer_level)[2]
-                check_distinct(
-                    AnchorLayout(cells, whole.strides, whole.grid_sizes, whole.num_fused_levels),
-                    "the detector",
+    own_anchors, own_input = start_of(probe.detector)
+    # The boxes of FCOS compete, so all of them are looked at.
+    step = 1 if probe.is_fcos else max(1, len(annotations.boxes) // _MORE_BOXES)
+    rows: list[AnchorFit] = []
+    masks: list[NDArray[np.float64]] = []
+    first_operations = 0
+    for variant, finer_level, input_scale in _variants(probe):
+        operations = 0
+        for scale in _scales(variant, finer_level, annotations):
+            adapted = _scaled(variant, scale)
+            estimate = estimate_probe(adapted, annotations, clamp)
+            masks.append(_reached(adapted, annotations, step))
+            operations = operations or _operations(variant, annotations)
+            first_operations = first_operations or operations
+            cells = adapted.generator.cell_anchors
+            rows.append(
+                AnchorFit(
+                    anchor_scale=scale,
+                    finer_level=finer_level,
+                    input_scale=input_scale,
+                    anchor_sizes=anchor_sizes(adapted.generator),
+                    reached=float(masks[-1].mean()) if probe.is_fcos else estimate.recall(MATCH),
+                    max_objects=int(annotations.boxes_per_image.max()),
+                    cost=operations / first_operations,
+                    estimate=estimate,
+                    different_anchors=tuple(len(level.unique(dim=0)) for level in cells),
+                    own_anchors=own_anchors,
+                    own_input=own_input,
                 )
-            except ValueError:  # anchors without area, or levels that cannot be told apart
-                return found[scale, step]
-            iou = torch.cat([_best_iou(part, cells, step) for part in seen])
-            # As the histogram of an estimate counts.
-            found[scale, step] = (
-                int((iou >= MATCH - 1e-6).sum()),
-                int((iou >= BACKGROUND - 1e-6).sum()),
-                -abs(math.log(scale)),
             )
-        return found[scale, step]
+    boxes = annotations.boxes[::step]
+    sides = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1)).clip(_SIZE_EDGES[0], _SIZE_EDGES[-1])
+    counted = (np.histogram(sides, _SIZE_EDGES, weights=mask)[0] for mask in (None, *masks))
+    by_size, *reached_by_size = (tuple(n.round().astype(int).tolist()) for n in counted)
+    return AnchorComparison(
+        tuple(rows), probe.is_fcos, _SIZE_EDGES, by_size, tuple(reached_by_size)
+    )
+
+
+def _variants(probe: DetectorProbe) -> Iterator[tuple[DetectorProbe, bool, int]]:
+    """Yields each input and set of levels: a probe, whether it has a finer level, the input scale.
+
+    The anchors have the detector's own scale.
+    """
+    yield probe, False, 1
+    finer: DetectorProbe | None = None
+    with contextlib.suppress(ValueError):  # if the body has no stage for it
+        finer = _changed(probe, True, 1)
+    if finer is not None:
+        yield finer, True, 1
+    if probe.resize.resizes:
+        yield _changed(probe, False, 2), False, 2
+        if probe.is_fcos and finer is not None:
+            yield _changed(finer, False, 2), True, 2
+
+
+def _changed(probe: DetectorProbe, finer_level: bool, input_scale: int) -> DetectorProbe:
+    detector = skeleton(probe.detector)
+    change(detector, 1.0, finer_level, input_scale)
+    return DetectorProbe(detector, probe)
+
+
+def _scaled(probe: DetectorProbe, scale: float) -> DetectorProbe:
+    """Scales the anchors of a probe; all else is the same object."""
+    scaled = copy.copy(probe)
+    scaled.generator = generator = copy.copy(probe.generator)
+    made = scaled_anchors(generator, scale)
+    generator.sizes, generator.aspect_ratios, generator.cell_anchors = made
+    return scaled
+
+
+def _scales(probe: DetectorProbe, finer_level: bool, annotations: Annotations) -> Iterator[float]:
+    """Yields the scale of each row on these levels and this input."""
+    if probe.is_fcos or not finer_level:
+        yield 1.0
+    if not probe.is_fcos:
+        yield _best_scale(probe, annotations)
+
+
+def _best_scale(probe: DetectorProbe, annotations: Annotations) -> float:
+    """Searches the anchor scale with which most boxes reach IoU .5, then .4, then nearest to 1."""
+    seen = [input_boxes(probe, annotations, size) for size in probe.resize.min_sizes]
+    whole = largest([layout for part in seen for layout in part.layouts])
+
+    @functools.cache
+    def value(scale: float, step: int) -> tuple[int, int, float]:
+        try:
+            cells = scaled_anchors(probe.generator, scale)[2]
+            layout = whole.strides, whole.grid_sizes, whole.num_fused_levels
+            check_distinct(AnchorLayout(cells, *layout), "the detector")
+        except ValueError:  # anchors without area, or levels that cannot be told apart
+            return -1, -1, 0.0
+        iou = torch.cat([_best_iou(part, cells, step) for part in seen])
+        # As the histogram of an estimate counts.
+        matched, near = (int((iou >= least - 1e-6).sum()) for least in (MATCH, BACKGROUND))
+        return matched, near, -abs(math.log(scale))
 
     few, more = (max(1, len(annotations.boxes) // n) for n in (_FEW_BOXES, _MORE_BOXES))
-    steps = round(16 * math.log2(LARGEST_SCALE / SMALLEST_SCALE))
-    coarse = {_rounded(SMALLEST_SCALE * 2 ** (k / 16)) for k in range(steps + 1)} | {1.0}
-    leaders = sorted(coarse, key=lambda scale: value(scale, few), reverse=True)[:4]
-    for spread in (64, 256):
-        near = {_rounded(scale * 2 ** (k / spread)) for scale in leaders for k in range(-4, 5)}
-        near = {scale for scale in near if SMALLEST_SCALE <= scale <= LARGEST_SCALE} | {1.0}
-        leaders = sorted(near, key=lambda scale: value(scale, more), reverse=True)[:2]
+    leaders = [1.0]
+    # All scales on few boxes, then those around the best ones on more.
+    for per_octave, reach, step, kept in ((16, 64, few, 4), (64, 4, more, 2), (256, 4, more, 1)):
+        steps = range(-reach, reach + 1)
+        tried = {_rounded(scale * 2 ** (k / per_octave)) for scale in leaders for k in steps}
+        tried = {scale for scale in tried if SMALLEST_SCALE <= scale <= LARGEST_SCALE} | {1.0}
+        leaders = sorted(tried, key=lambda scale: value(scale, step), reverse=True)[:kept]
     scale = leaders[0]
     while scale != 1:
         # The share is flat between two roundings of an anchor: go to the end that is nearer to 1.
@@ -389,13 +366,13 @@ def _best_iou(seen: InputBoxes, cells: Sequence[Tensor], step: int) -> Tensor:
     return seen.matcher(False, cells).match(seen.boxes[::step], layout_index)[1]
 
 
-def _reached(variant: DetectorProbe, annotations: Annotations, step: int) -> Any:
+def _reached(probe: DetectorProbe, annotations: Annotations, step: int) -> NDArray[np.float64]:
     """Returns for every `step`-th box the share of input sizes at which it is reached."""
     parts = []
-    for min_size in variant.resize.min_sizes:
-        seen = input_boxes(variant, annotations, min_size)
-        cells = list(seen.layouts[0].cell_anchors)
-        if variant.is_fcos:
+    for min_size in probe.resize.min_sizes:
+        seen = input_boxes(probe, annotations, min_size)
+        cells = seen.layouts[0].cell_anchors
+        if probe.is_fcos:
             image = torch.arange(len(seen.layout_index)).repeat_interleave(seen.boxes_per_image)
             owned = owned_boxes(
                 seen.boxes,
@@ -404,18 +381,19 @@ def _reached(variant: DetectorProbe, annotations: Annotations, step: int) -> Any
                 cells,
                 torch.tensor([layout.strides for layout in seen.layouts]),
                 torch.tensor([layout.grid_sizes for layout in seen.layouts]),
-                variant.detector.center_sampling_radius,
+                probe.detector.center_sampling_radius,
             )
-            parts.append(owned.double())
+            parts.append(owned)
         else:
-            parts.append((_best_iou(seen, cells, step) >= MATCH - 1e-6).double())
-    return torch.stack(parts).mean(0).numpy()
+            parts.append(_best_iou(seen, cells, step) >= MATCH - 1e-6)
+    return torch.stack(parts).double().mean(0).numpy()
 
 
-def _operations(probe: DetectorProbe, size: tuple[int, int]) -> int:
-    """Counts the operations of backbone, pyramid and heads on one image, without its masks."""
-    detector = probe.detector
-    padded = probe.resize.frame(size)[1]
+def _operations(probe: DetectorProbe, annotations: Annotations) -> int:
+    """Counts the operations of backbone, pyramid and heads on the median image, without masks."""
+    detector, sizes = probe.detector, annotations.image_sizes
+    height, width = sizes[np.argsort(sizes.prod(1))[(len(sizes) - 1) // 2]].tolist()
+    padded = probe.resize.frame((height, width))[1]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         maps = run_backbone(detector.backbone, (1, probe.num_channels, *padded))
         features = [feature.to("meta") for feature in maps.values()]
@@ -431,6 +409,11 @@ def _operations(probe: DetectorProbe, size: tuple[int, int]) -> int:
             pooled = features[0].new_empty(kept, features[0].shape[1], *side)
             heads.box_predictor(heads.box_head(pooled))
     return int(counter.get_total_flops())
+
+
+def _call(row: AnchorFit, last: str) -> str:
+    finer = ", finer_level=True" if row.finer_level else ""
+    return f"adapt_detector(model, {row.anchor_scale:g}{finer}, {last})"
 
 
 def _table_row(row: AnchorFit, best: bool) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import FeaturePyramidNetwork
 
 from alphafpn.display import new_axes, table
-from alphafpn.estimate.probe import find_detector
+from alphafpn.estimate.probe import find_detector, refuse_wrappers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,7 +112,12 @@ def gradient_shares(
         >>> shares.level_names, tuple(shares.norms.shape)
         (('P2', 'P3', 'P4', 'P5', 'P6'), (4, 5))
     """
-    detector = _detector(model)
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.get_submodule("_orig_mod" if hasattr(model, "_orig_mod") else "module")
+    refuse_wrappers(model, "measure before sharding or scripting")
+    detector = model
+    with contextlib.suppress(TypeError):  # a model of another kind is run itself
+        detector = find_detector(model)
     path, fpn = _only_pyramid(detector)
     if any(weight.is_meta for weight in detector.parameters()):
         raise ValueError("model: expected weights with values, found some on the meta device")
@@ -122,26 +127,34 @@ def gradient_shares(
             f"and {len(targets)} targets"
         )
     _check_targets(detector, targets)
-    recorder = _Recorder(fpn, detector.get_submodule(path.rpartition(".")[0]))
-    with _unchanged(detector), torch.inference_mode(False), torch.enable_grad():
+    maps = _Maps()
+    owner = detector.get_submodule(path.rpartition(".")[0])
+    with (
+        _unchanged(detector),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        owner.register_forward_pre_hook(maps.on_image),
+        fpn.register_forward_pre_hook(maps.on_features),
+        fpn.register_forward_hook(maps.on_levels),
+    ):
         # Detached weights cost no gradients; cloned buffers take what training writes.
         state = {name: weight.detach() for name, weight in detector.named_parameters()}
         state |= {name: buffer.clone() for name, buffer in detector.named_buffers()}
         if not detector.training:
             detector.train()
-        with recorder:
-            try:
-                losses = torch.func.functional_call(detector, state, (images, targets))
-            except AssertionError as error:  # torchvision's checks of targets
-                raise ValueError(f"images, targets: {error}") from error
-        gradients = torch.autograd.grad(_total(losses), recorder.cut, allow_unused=True)
-        norms = _norms(recorder.features, recorder.levels, gradients)
+        try:
+            losses = torch.func.functional_call(detector, state, (images, targets))
+        except AssertionError as error:  # torchvision's checks of targets
+            raise ValueError(f"images, targets: {error}") from error
+        if maps.calls != 1:
+            raise TypeError(f"model: expected its pyramid to run once, it ran {maps.calls} times")
+        norms = _norms(maps, torch.autograd.grad(_total(losses), maps.cut, allow_unused=True))
     if not norms.isfinite().all():
         raise ValueError(f"gradients: expected finite ones, found norms {norms.tolist()}")
-    return GradientShares(norms, *recorder.names())
+    return GradientShares(norms, *maps.names())
 
 
-class _Recorder:
+class _Maps:
     """Hooks that cut the graph before and after the pyramid, and keep the maps at the cuts.
 
     Attributes:
@@ -150,34 +163,23 @@ class _Recorder:
         cut: Copies of `levels` that the rest of the detector was given, leaves as well.
     """
 
-    def __init__(self, fpn: nn.Module, owner: nn.Module) -> None:
-        self.fpn, self.owner = fpn, owner
+    def __init__(self) -> None:
         self.calls = 0
         self.image_size: tuple[int, ...] = ()
 
-    def __enter__(self) -> None:
-        self.handles = [
-            self.owner.register_forward_pre_hook(self._on_image),
-            self.fpn.register_forward_pre_hook(self._on_features),
-            self.fpn.register_forward_hook(self._on_levels),
-        ]
-
-    def __exit__(self, kind: object, *rest: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-        if kind is None and self.calls != 1:
-            raise TypeError(f"model: expected its pyramid to run once, it ran {self.calls} times")
-
-    def _on_image(self, module: nn.Module, args: Any) -> None:
+    def on_image(self, module: nn.Module, args: Any) -> None:
+        """Keeps (height, width) of the batch, from which strides follow."""
         if args and isinstance(args[0], Tensor):
             self.image_size = tuple(args[0].shape[2:])
 
-    def _on_features(self, module: nn.Module, args: Any) -> Any:
+    def on_features(self, module: nn.Module, args: Any) -> Any:
+        """Gives the pyramid leaves in place of the backbone's features."""
         leaves = {name: c.detach().requires_grad_() for name, c in args[0].items()}
         self.feature_keys, self.features = list(leaves), list(leaves.values())
         return (type(args[0])(leaves), *args[1:])
 
-    def _on_levels(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def on_levels(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Gives the rest of the detector leaves in place of the pyramid's maps."""
         self.calls += 1
         leaves = {name: p.detach().requires_grad_() for name, p in output.items()}
         self.level_keys, self.levels = list(leaves), list(output.values())
@@ -185,38 +187,28 @@ class _Recorder:
         return type(output)(leaves)
 
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names C_i and P_j by their strides, if these are powers of two."""
-        first = self._first_power()
-        return tuple(  # type: ignore[return-value]
-            tuple(
-                f"{letter} {key}" if first is None else f"{letter}{first + i}"
-                for i, key in enumerate(keys)
-            )
-            for letter, keys in (("C", self.feature_keys), ("P", self.level_keys))
-        )
-
-    def _first_power(self) -> int | None:
-        """Returns the power of two that is the stride of C_0, if each next stride is twice it."""
-        if not self.image_size:
-            return None
-        first = round(math.log2(self.image_size[0] / self.features[0].shape[2]))
-        regular = all(
+        """Names C_i and P_j by the powers of two that are their strides, else by their keys."""
+        stride = self.image_size[0] / self.features[0].shape[2] if self.image_size else 1
+        first = round(math.log2(stride))
+        if all(
             tuple(n << (first + i) for n in c.shape[2:]) == self.image_size
             for i, c in enumerate(self.features)
-        )
-        return first if regular else None
+        ):
+            names = [f"{first + i}" for i in range(len(self.levels))]
+            return tuple(f"C{n}" for n in names[: len(self.features)]), tuple(
+                f"P{n}" for n in names
+            )
+        return tuple(f"C {k}" for k in self.feature_keys), tuple(f"P {k}" for k in self.level_keys)
 
 
-def _norms(
-    features: list[Tensor], levels: list[Tensor], gradients: Sequence[Tensor | None]
-) -> Tensor:
+def _norms(maps: _Maps, gradients: Sequence[Tensor | None]) -> Tensor:
     """Pulls the gradient at each P_j back to each C_i, and returns the norms [K, L]."""
     columns = []
-    for level, gradient in zip(levels, gradients, strict=True):
-        pulled: Sequence[Tensor | None] = [None] * len(features)
+    for level, gradient in zip(maps.levels, gradients, strict=True):
+        pulled: Sequence[Tensor | None] = [None] * len(maps.features)
         if gradient is not None:
             pulled = torch.autograd.grad(
-                level, features, gradient, retain_graph=True, allow_unused=True
+                level, maps.features, gradient, retain_graph=True, allow_unused=True
             )
         columns.append([0.0 if g is None else _norm(g) for g in pulled])
     return torch.tensor(columns, dtype=torch.float64).T
@@ -258,27 +250,6 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             for module, values in attributes:
                 vars(module).clear()
                 vars(module).update(values)
-
-
-def _detector(model: nn.Module) -> nn.Module:
-    """Returns the module to run: the only detector in `model`, or `model` without its wrappers."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
-    for module in model.modules():
-        for cls in type(module).__mro__:
-            if cls.__name__ in ("ScriptModule", "FullyShardedDataParallel", "FSDPModule"):
-                raise TypeError(
-                    f"model: found a {cls.__name__} ({type(module).__name__}); measure before "
-                    "sharding or scripting"
-                )
-    try:
-        detector: nn.Module = find_detector(model)
-    except TypeError:
-        detector = model
-    while isinstance(detector, DistributedDataParallel) or hasattr(detector, "_orig_mod"):
-        inner = "module" if isinstance(detector, DistributedDataParallel) else "_orig_mod"
-        detector = detector.get_submodule(inner)
-    return detector
 
 
 def _check_targets(detector: Any, targets: Sequence[Mapping[str, Tensor]]) -> None:

@@ -6,10 +6,10 @@ finest.
 
 from __future__ import annotations
 
-import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -60,7 +60,7 @@ class AttentionAlpha:
 
     Args:
         init: Initial values: one number, or one per edge, such as an `AlphaEstimate`.
-        reduction: Channels of the pyramid per hidden unit of a gate; any integer type.
+        reduction: Channels of the pyramid per hidden unit of a gate.
 
     Raises:
         TypeError: If `init` is not made of numbers.
@@ -77,15 +77,12 @@ class AttentionAlpha:
 
     def __post_init__(self) -> None:
         _numbers(self.init, "AttentionAlpha.init")
-        try:
-            reduction = 0 if isinstance(self.reduction, bool) else operator.index(self.reduction)
-        except TypeError:
-            reduction = 0
-        if reduction < 1:
+        whole = isinstance(self.reduction, Integral) and not isinstance(self.reduction, bool)
+        if not whole or self.reduction < 1:
             raise ValueError(
                 f"AttentionAlpha.reduction: expected a positive integer, found {self.reduction!r}"
             )
-        object.__setattr__(self, "reduction", reduction)
+        object.__setattr__(self, "reduction", int(self.reduction))
 
 
 Alpha: TypeAlias = float | Sequence[float] | LearnableAlpha | AttentionAlpha
@@ -95,8 +92,7 @@ class ZeroLinear(nn.Linear):
     """A linear layer whose weight and bias start at zero."""
 
     def reset_parameters(self) -> None:
-        """Draws the random numbers that `nn.Linear` draws, then sets weight and bias to zero."""
-        super().reset_parameters()
+        """Sets weight and bias to zero."""
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
@@ -117,13 +113,6 @@ class AttentionGate(nn.Module):
     def reset_parameters(self) -> None:
         """Sets the buffer `init`; as usual in torch, the layers reset themselves."""
         _fill(self.init, self.configured)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttentionGate:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if _leaves_empty(fn):
-            for module in self.modules() if recurse else [self]:
-                module.reset_parameters()  # type: ignore[operator]
-        return self
 
     def forward(self, coarse: Tensor) -> Tensor:
         """Computes one factor per image: [N, C, H, W] -> [N, 1, 1, 1]."""
@@ -255,6 +244,9 @@ class AlphaFeaturePyramidNetwork(FeaturePyramidNetwork):  # type: ignore[misc]
         super()._apply(fn, recurse)
         if empty:
             self.reset_parameters()
+            for gate in getattr(self, "gates", ()) if recurse else ():
+                for module in gate.modules():
+                    module.reset_parameters()
         return self
 
     def _load_from_state_dict(
@@ -304,15 +296,10 @@ def edge_name(edge: int) -> str:
 def make_factors(
     fpn: FeaturePyramidNetwork, alpha: Alpha, where: str = "alpha"
 ) -> tuple[Tensor | nn.ModuleList, tuple[float, ...]]:
-    """Makes the factors that `alpha` describes, and leaves `fpn` as it is.
+    """Makes the factors that `alpha` describes, in dtype and device of the weights of `fpn`.
 
-    Args:
-        fpn: The pyramid; the factors take dtype and device of its weights.
-        alpha: As in `AlphaFeaturePyramidNetwork`, which raises the same errors.
-        where: What errors call `alpha`.
-
-    Returns:
-        A tensor, a parameter or gates; and the values of a tensor or parameter as numbers.
+    The pyramid stays as it is. Errors call `alpha` by the name `where`. Returns a tensor, a
+    parameter or gates; and the values of a tensor or parameter as numbers.
     """
     weight = next(fpn.inner_blocks.parameters(), torch.tensor([]))
     edges = max(len(fpn.inner_blocks), 1) - 1
@@ -353,8 +340,11 @@ def install_factors(
 ) -> None:
     """Gives `fpn` new factors, in place; tensors of the same form are kept and refilled."""
     current = _factors(fpn)
-    pairs = [] if current is None else list(zip(_tensors(current), _tensors(factors), strict=False))
-    if type(current) is type(factors) and all(_refillable(old, new) for old, new in pairs):
+    pairs = list(zip(_tensors(current), _tensors(factors), strict=False))
+    # Tensors that were made in inference mode cannot be changed outside of it.
+    if type(current) is type(factors) and all(
+        old.shape == new.shape and not old.is_inference() for old, new in pairs
+    ):
         with torch.inference_mode(False), torch.no_grad():
             for old, new in pairs:
                 old.copy_(new)
@@ -383,20 +373,16 @@ def remove_factors(fpn: AlphaFeaturePyramidNetwork) -> None:
 
 
 def _factors(fpn: FeaturePyramidNetwork) -> Any:
+    """Returns the gates, or the tensor or parameter `alpha`; None if a pyramid is stock."""
     if not isinstance(fpn, AlphaFeaturePyramidNetwork):
         return None
     return getattr(fpn, "gates", getattr(fpn, "alpha", None))
 
 
-def _tensors(factors: Tensor | nn.ModuleList) -> list[Tensor]:
-    if isinstance(factors, Tensor):
-        return [factors]
-    return [*factors.parameters(), *factors.buffers()]
-
-
-def _refillable(old: Tensor, new: Tensor) -> bool:
-    # Tensors that were made in inference mode cannot be changed outside of it.
-    return old.shape == new.shape and not old.is_inference()
+def _tensors(factors: Tensor | nn.ModuleList | None) -> list[Tensor]:
+    if isinstance(factors, nn.ModuleList):
+        return [*factors.parameters(), *factors.buffers()]
+    return [] if factors is None else [factors]
 
 
 def _fill(tensor: Any, values: float | tuple[float, ...]) -> None:
@@ -421,19 +407,14 @@ def _numbers(alpha: Any, where: str) -> float | list[float]:
     """Reads one number, or a sequence, array or tensor of them."""
     try:
         numbers = alpha.tolist() if hasattr(alpha, "tolist") else alpha
-    except NotImplementedError:  # a meta tensor
-        numbers = None
-    several = isinstance(numbers, Sequence) and not isinstance(numbers, str | bytes)
-    values = []
-    for number in numbers if several else [numbers]:
-        try:
-            values.append(_number(number))
-        except (TypeError, RuntimeError):
-            raise TypeError(
-                f"{where}: expected a number, a sequence of numbers, a LearnableAlpha or an "
-                f"AttentionAlpha, found {type(alpha).__name__}: {alpha!r}"
-            ) from None
-    return values if several else values[0]
+        if isinstance(numbers, Sequence) and not isinstance(numbers, str | bytes):
+            return [_number(number) for number in numbers]
+        return _number(numbers)
+    except (TypeError, RuntimeError):  # a meta tensor has no values
+        raise TypeError(
+            f"{where}: expected a number, a sequence of numbers, a LearnableAlpha or an "
+            f"AttentionAlpha, found {type(alpha).__name__}: {alpha!r}"
+        ) from None
 
 
 def _number(number: Any) -> float:

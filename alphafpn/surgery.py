@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -131,8 +131,7 @@ def fold_alpha(model: M) -> M:
         True
     """
     pyramids = _patched(model)
-    owners = _owners(model)
-    scaled = [pair for path, fpn in pyramids for pair in _folded(path, fpn, owners)]
+    scaled = [pair for path, fpn in pyramids for pair in _folded(model, path, fpn)]
     with torch.no_grad():
         for tensor, value in scaled:
             tensor.copy_(value)
@@ -177,27 +176,15 @@ def _patched(model: nn.Module) -> list[tuple[str, AlphaFeaturePyramidNetwork]]:
     return patched
 
 
-def _owners(model: nn.Module) -> dict[nn.Module | int, list[str]]:
-    """Maps each module, and the data address of each tensor, to all paths that lead to it."""
-    owners: dict[nn.Module | int, list[str]] = defaultdict(list)
-    for path, module in model.named_modules():
-        for name, child in module._modules.items():
-            if child is not None:
-                owners[child].append(f"{path}.{name}".lstrip("."))
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                owners[tensor.data_ptr()].append(f"{path}.{name}".lstrip("."))
-    return owners
-
-
 def _folded(
-    path: str, fpn: AlphaFeaturePyramidNetwork, owners: dict[nn.Module | int, list[str]]
+    model: nn.Module, path: str, fpn: AlphaFeaturePyramidNetwork
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the tensors that folding changes, with their new values."""
     if any(tensor.is_meta for tensor in (*fpn.parameters(), *fpn.buffers())):
         raise ValueError(f"{path}: tensors on the meta device have no values and cannot fold")
     if hasattr(fpn, "gates"):
         raise ValueError(f"{path}: attention factors differ from image to image and cannot fold")
+    shared = _shared(model, fpn)
     scale = 1.0
     factors = fpn.alpha.detach().expand(len(fpn.inner_blocks) - 1)
     for edge, factor in enumerate(factors.tolist()):
@@ -206,24 +193,27 @@ def _folded(
         scale *= factor
         if scale != 1:
             for kind in ("inner_blocks", "layer_blocks"):
-                yield from _rescaled(path, fpn, kind, edge + 1, scale, owners)
+                where, block = f"{path}.{kind}.{edge + 1}", getattr(fpn, kind)[edge + 1]
+                yield from _rescaled(where, block, kind == "inner_blocks", scale, shared)
+
+
+def _shared(model: nn.Module, fpn: nn.Module) -> dict[int, list[str]]:
+    """Maps the address of each tensor to all paths to it, if there are more than `fpn` has."""
+    uses = sum(part is fpn for _, part in model.named_modules(remove_duplicate=False))
+    owners: dict[int, list[str]] = defaultdict(list)
+    for named in (model.named_parameters, model.named_buffers):
+        for path, tensor in named(remove_duplicate=False):
+            owners[tensor.data_ptr()].append(path)
+    return {address: paths for address, paths in owners.items() if len(paths) > uses}
 
 
 def _rescaled(
-    path: str,
-    fpn: AlphaFeaturePyramidNetwork,
-    kind: str,
-    level: int,
-    scale: float,
-    owners: dict[nn.Module | int, list[str]],
+    where: str, block: Any, inner: bool, scale: float, shared: dict[int, list[str]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the scaled tensors of an inner block, or of the convolution of a layer block."""
-    inner = kind == "inner_blocks"
-    blocks = getattr(fpn, kind)
-    block = blocks[level]
     sequential = type(block).forward is nn.Sequential.forward
     module = block[-1 if inner else 0] if sequential else block
-    where = f"{path}.{kind}.{level} ({type(module).__name__})"
+    where = f"{where} ({type(module).__name__})"
     if type(module).forward not in (_AFFINE if inner else {nn.Conv2d.forward}):
         raise ValueError(f"{where}: expected {'a normalisation or ' * inner}a convolution to scale")
     tensors = {**module._parameters, **module._buffers}
@@ -235,9 +225,8 @@ def _rescaled(
             raise ValueError(f"{where}: it has no affine part to scale")
         if tensor is None:
             continue
-        for part in (blocks, block, module, tensor.data_ptr()):
-            if len(owners[part]) > 1:
-                raise ValueError(f"{where}: its {name} is shared by {' and '.join(owners[part])}")
+        if owners := shared.get(tensor.data_ptr()):
+            raise ValueError(f"{where}: its {name} is shared by {' and '.join(owners)}")
         value = tensor.detach() * scale if inner else tensor.detach() / scale
         # Below the smallest normal number weights lose digits.
         limits, peak = torch.finfo(value.dtype), float(value.abs().max())

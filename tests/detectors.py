@@ -23,44 +23,50 @@ def make_backbone(extra, out=8):
     return BackboneWithFPN(body, layers, [4, 6, 8], out, extra_blocks=extra)
 
 
-def anchors(levels):
-    return AnchorGenerator(tuple((8 << i,) for i in range(levels)), ((1.0,),) * levels)
+def squares(levels, size=8):
+    return AnchorGenerator(tuple((size << i,) for i in range(levels)), ((1.0,),) * levels)
 
 
 SIZES = {"min_size": 64, "max_size": 96}
 
 
-def make_retinanet():
-    backbone = make_backbone(LastLevelP6P7(8, 8))
-    return detection.RetinaNet(backbone, 2, anchor_generator=anchors(5), score_thresh=0.0, **SIZES)
+def make_retinanet(backbone=None, levels=5, size=8, **kwargs):
+    options = {"anchor_generator": squares(levels, size), "score_thresh": 0.0, **SIZES, **kwargs}
+    return detection.RetinaNet(backbone or make_backbone(LastLevelP6P7(8, 8)), 2, **options)
 
 
-def make_faster_rcnn():
-    return detection.FasterRCNN(
-        make_backbone(LastLevelMaxPool()),
-        rpn_anchor_generator=anchors(4),
-        box_head=detection.faster_rcnn.TwoMLPHead(8 * 49, 8),
-        box_predictor=detection.faster_rcnn.FastRCNNPredictor(8, 2),
-        box_score_thresh=0.0,
+def make_faster_rcnn(backbone=None, levels=4, size=8, cls=detection.FasterRCNN, **kwargs):
+    backbone = backbone or make_backbone(LastLevelMaxPool())
+    options = {
+        "rpn_anchor_generator": squares(levels, size),
+        "box_head": detection.faster_rcnn.TwoMLPHead(backbone.out_channels * 49, 8),
+        "box_predictor": detection.faster_rcnn.FastRCNNPredictor(8, 2),
+        "box_score_thresh": 0.0,
         **SIZES,
-    )
+        **kwargs,
+    }
+    return cls(backbone, **options)
 
 
-def make_fcos():
-    head = detection.fcos.FCOSHead(32, 1, 2, num_convs=1)
-    backbone = make_backbone(LastLevelMaxPool(), out=32)
-    return detection.FCOS(
-        backbone, 2, anchor_generator=anchors(4), head=head, score_thresh=0.0, **SIZES
-    )
+def make_fcos(backbone=None, levels=4, size=8, **kwargs):
+    backbone = backbone or make_backbone(LastLevelMaxPool(), out=32)
+    options = {
+        "anchor_generator": squares(levels, size),
+        "head": detection.fcos.FCOSHead(backbone.out_channels, 1, 2, num_convs=1),
+        "score_thresh": 0.0,
+        **SIZES,
+        **kwargs,
+    }
+    return detection.FCOS(backbone, 2, **options)
 
 
 BUILDERS = [make_retinanet, make_faster_rcnn, make_fcos]
 
 
-def make_detector(build, alpha=None):
+def make_detector(build, alpha=None, **kwargs):
     """A detector in training mode; its scores differ from anchor to anchor, as trained ones do."""
     torch.manual_seed(0)
-    model = build().train()
+    model = build(**kwargs).train()
     for parameter in model.parameters():
         if parameter.dim() == 4:
             nn.init.kaiming_normal_(parameter)

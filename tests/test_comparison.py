@@ -12,10 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import nn
-from torchvision.models import detection, get_model
+from torchvision.models import get_model
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops import MultiScaleRoIAlign
 
 from alphafpn import (
     AnchorComparison,
@@ -26,6 +25,7 @@ from alphafpn import (
 )
 from alphafpn.tiny import tiny_retinanet
 from tests.anchor_sets import seeds
+from tests.detectors import make_faster_rcnn, make_fcos, make_retinanet
 from tests.estimate.test_for_detector import (
     assert_same,
     draw_dataset,
@@ -63,19 +63,14 @@ def resizing(kind="retinanet"):
     backbone = BackboneWithFPN(
         body, {tap: str(i) for i, tap in enumerate(taps)}, [6] * len(taps), channels
     )
-    sizes = {"fcos": (8, 16, 32, 64), "faster": (32, 64, 128, 256, 512)}.get(
-        kind, (32, 64, 128, 256)
-    )
     options = {"min_size": 480, "max_size": 800}
-    ratios = ((1.0,) if kind == "fcos" else (0.5, 1.0, 2.0),) * len(sizes)
-    generator = AnchorGenerator(tuple((size,) for size in sizes), ratios)
+    if kind == "fcos":
+        return make_fcos(backbone, 4, **options)
+    sizes = tuple((32 << i,) for i in range(len(taps) + 1))
+    generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     if kind == "faster":
-        pool = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
-        return detection.FasterRCNN(
-            backbone, 2, rpn_anchor_generator=generator, box_roi_pool=pool, **options
-        )
-    cls = detection.FCOS if kind == "fcos" else detection.RetinaNet
-    return cls(backbone, 2, anchor_generator=generator, **options)
+        return make_faster_rcnn(backbone, rpn_anchor_generator=generator, **options)
+    return make_retinanet(backbone, anchor_generator=generator, **options)
 
 
 def small_objects(num_images=40, size=8.0, spread=0.5, seed=0):
@@ -282,9 +277,11 @@ def test_findings_are_ordered_by_the_objects_they_cost():
 
 def test_the_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    found = compare_anchors(resizing(), small_objects())
+    dataset = small_objects()
+    found = compare_anchors(resizing(), dataset)
     axes = found.plot()
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["as it is", "adapted"]
     total = sum(found.boxes_by_size)
+    assert total == sum(len(boxes) for _, boxes in dataset)  # also those below the first bin
     for row, reached in zip(found.rows, found.reached_by_size, strict=True):
         assert sum(reached) / total == pytest.approx(row.reached)

@@ -171,11 +171,6 @@ def test_with_adamw_without_eps_too(levels, norm, extra):
     assert_same_training(METHODS["AdamW, eps 0"], FACTORS[: levels - 1], norm, extra)
 
 
-@pytest.mark.parametrize("method", ["Nesterov", "AMSGrad", "Adam"])
-def test_with_their_relatives_too(method):
-    assert_same_training(METHODS[method], FACTORS, "no norm", "pool")
-
-
 @settings(max_examples=20, deadline=None)
 @given(
     factors=st.lists(st.floats(0.2, 2), min_size=1, max_size=3),

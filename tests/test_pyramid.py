@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections import OrderedDict
-from collections.abc import Sequence
+import re
+from collections import OrderedDict, deque
 from dataclasses import FrozenInstanceError
 from fractions import Fraction
 
@@ -27,6 +27,8 @@ from alphafpn.pyramid import (
 from tests.pyramids import (
     CHANNELS,
     EXTRAS,
+    FACTORS,
+    KINDS,
     NORMS,
     OUT,
     assert_equal_maps,
@@ -35,24 +37,9 @@ from tests.pyramids import (
     make_pyramid,
 )
 
-FACTORS = (0.367, 0.387, 0.368)
-
 
 def make_alpha(alpha, **kwargs):
     return make_pyramid(cls=AlphaFeaturePyramidNetwork, alpha=alpha, **kwargs)
-
-
-class Estimate(Sequence):
-    """As much of an estimate as a pyramid may rely on: a sequence of floats."""
-
-    def __init__(self, values):
-        self.values = values
-
-    def __getitem__(self, index):
-        return self.values[index]
-
-    def __len__(self):
-        return len(self.values)
 
 
 # Eq. 1
@@ -186,9 +173,9 @@ def test_training_saves_no_map_that_stock_does_not_save(alpha):
 @pytest.mark.parametrize(
     "alpha",
     [
-        list(FACTORS),
         FACTORS,
-        Estimate(FACTORS),
+        tuple(FACTORS),
+        deque(FACTORS),
         np.array(FACTORS),
         torch.tensor(FACTORS),
         list(torch.tensor(FACTORS)),
@@ -260,17 +247,6 @@ def test_attention_starts_exactly_at_init_and_then_depends_on_the_image():
         assert (seen[i] < 2 * FACTORS[i]).all()
 
 
-def test_one_images_attention_ignores_the_others():
-    fpn, x = make_alpha(AttentionAlpha(FACTORS)), make_features(images=3)
-    with torch.no_grad():
-        for gate in fpn.gates:
-            gate.excite.weight.fill_(1.0)
-        alone = fpn(OrderedDict((name, c[1:2]) for name, c in x.items()))
-        together = fpn(x)
-    for name, p in alone.items():
-        torch.testing.assert_close(p, together[name][1:2])
-
-
 def test_hidden_units_follow_the_reduction():
     fpn = AlphaFeaturePyramidNetwork([8, 8], 32, alpha=AttentionAlpha(reduction=4))
     assert fpn.gates[0].squeeze.weight.shape == (8, 32)
@@ -319,10 +295,7 @@ def test_print_shows_the_factors(alpha, shown):
 
 
 def test_pyramids_without_values_print():
-    with torch.device("meta"):
-        fpn = AlphaFeaturePyramidNetwork([3, 5], 4, alpha=0.5)
-    assert fpn.alpha.is_meta
-    assert "alpha=[?]" in repr(fpn)
+    assert "alpha=[?]" in repr(on_meta(0.5))
 
 
 # Random state
@@ -378,20 +351,17 @@ def test_what_is_no_number_is_named(alpha):
             kind(alpha)
 
 
-@pytest.mark.parametrize("kind", [list, LearnableAlpha, AttentionAlpha])
-@pytest.mark.parametrize("count", [0, 2, 4])
-def test_a_wrong_number_of_factors_names_the_levels(kind, count):
-    expected = (
-        rf"expected 3 factors \(level 1 -> level 0, level 2 -> level 1, level 3 -> level 2\), "
-        rf"found {count}: "
-    )
-    with pytest.raises(ValueError, match=expected):
-        make_alpha(kind([0.5] * count))
-
-
-def test_factors_for_a_single_level_are_refused():
-    with pytest.raises(ValueError, match=r"expected 0 factors \(one level has no edge\), found 1"):
-        make_alpha([0.5], levels=1)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("levels", "count", "expected"),
+    [
+        *((4, n, "3 factors (level 1 -> level 0, level 2 -> level 1, lev") for n in (0, 2, 4)),
+        (1, 1, "0 factors (one level has no edge"),
+    ],
+)
+def test_a_wrong_number_of_factors_names_the_levels(kind, levels, count, expected):
+    with pytest.raises(ValueError, match=rf"expected {re.escape(expected)}.*\), found {count}: "):
+        make_alpha(kind([0.5] * count), levels=levels)
 
 
 def test_a_pyramid_without_levels_has_no_factors():
@@ -404,7 +374,7 @@ def test_the_largest_number_is_a_factor():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39])
-@pytest.mark.parametrize("kind", [list, LearnableAlpha, AttentionAlpha])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_factor_that_is_not_finite_is_named_by_its_levels(kind, value):
     with pytest.raises(ValueError, match=r"finite in torch.float32 for level 2 -> level 1, found"):
         make_alpha(kind([0.5, value, 0.5]))
@@ -421,12 +391,12 @@ def test_shared_is_a_bool(shared):
         LearnableAlpha(shared=shared)
 
 
-@pytest.mark.parametrize("reduction", [4, np.int64(4), torch.tensor(4)])
+@pytest.mark.parametrize("reduction", [4, np.int64(4)])
 def test_a_reduction_may_be_any_integer(reduction):
     assert AttentionAlpha(reduction=reduction) == AttentionAlpha(reduction=4)
 
 
-@pytest.mark.parametrize("reduction", [0, -1, 2.0, True, "4", None, torch.tensor(2.0)])
+@pytest.mark.parametrize("reduction", [0, -1, 2.0, True, "4", None])
 def test_a_reduction_is_a_positive_integer(reduction):
     with pytest.raises(ValueError, match="reduction: expected a positive integer, found"):
         AttentionAlpha(reduction=reduction)
@@ -472,22 +442,6 @@ def test_missing_weights_are_still_missed():
         RuntimeError, match=r'Missing key\(s\) in state_dict: "inner_blocks.0.0.weight"'
     ):
         make_alpha(FACTORS).load_state_dict(checkpoint)
-
-
-@pytest.mark.parametrize("alpha", [FACTORS, LearnableAlpha(FACTORS)])
-def test_keys_of_the_oldest_format_are_renamed_as_in_the_parent(alpha):
-    stock = make_pyramid()
-    old = OrderedDict(
-        (name.replace(".0.weight", ".weight").replace(".0.bias", ".bias"), tensor + 1)
-        for name, tensor in stock.state_dict().items()
-    )
-    assert "inner_blocks.0.weight" in old
-    ours = make_alpha(alpha)
-    ours.load_state_dict(copy.copy(old), strict=True)
-    stock.load_state_dict(copy.copy(old), strict=True)
-    for name, tensor in stock.state_dict().items():
-        assert torch.equal(ours.state_dict()[name], tensor)
-    assert torch.equal(ours.alpha.detach(), torch.tensor(FACTORS))
 
 
 # Without values: the meta device

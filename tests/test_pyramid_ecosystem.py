@@ -25,6 +25,11 @@ from tests.pyramids import (
     relative_error,
 )
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+]
+
 # torch.compile
 
 
@@ -93,8 +98,6 @@ def test_exports(kind):
     assert_equal_maps(exported(dict(x)), fpn(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("levels", [1, 4])
 @pytest.mark.parametrize(
     "alpha", [0.3, LearnableAlpha(0.3), LearnableAlpha(0.3, shared=True), AttentionAlpha(0.3)]
@@ -108,8 +111,6 @@ def test_scripts(alpha, levels):
     assert_equal_maps(torch.jit.load(buffer)(x), fpn(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_traces(kind, grad):
@@ -131,8 +132,6 @@ class Flat(nn.Module):
         return tuple(self.fpn(OrderedDict(zip("0123", maps, strict=True))).values())
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_scripted_detectors_agree(kind):
     torch.manual_seed(0)
