@@ -11,10 +11,11 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import chain
-from typing import Annotated, Any, NoReturn, TypeAlias
+from typing import Annotated, Any, BinaryIO, NoReturn, TypeAlias
 
 import msgspec
 import numpy as np
@@ -52,6 +53,8 @@ _OTHER_FORMATS = (
     (rb"\d+([ \t]+[-+.\de]+){4,}\s*(\n|$)", "a YOLO label file" + _CONVERT),
     (rb"[^\n,{\[]*(,[^\n,{\[]*){3,}(\n|$)", "a CSV file" + _CONVERT),
 )
+# What the strict pass raises; a plain ValueError, with a place in the file, is final.
+_UNUSUAL = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
@@ -93,16 +96,17 @@ def read_coco(source: str | os.PathLike[str] | Mapping[str, Any], name: str) -> 
         OSError: If the file cannot be read.
     """
     with reading(name):
-        data = source if isinstance(source, Mapping) else read_bytes(source)
-        try:
-            if isinstance(data, bytes):
-                coco = msgspec.json.decode(data, type=_Coco)
-            else:
-                coco = msgspec.convert(data, type=_Coco)
-        except (ValueError, RecursionError):
-            return read_plain(parse(data) if isinstance(data, bytes) else data)
-        del data  # it may be as large as all the rest
-        return _read_typed(coco)
+        if isinstance(source, Mapping):
+            with contextlib.suppress(*_UNUSUAL):
+                coco = msgspec.convert(source, type=_Coco)
+                return _joined(coco, [_columns(coco.annotations)])
+            return read_plain(source)
+        with open_file(source) as file:
+            with contextlib.suppress(*_UNUSUAL):
+                return _read_strictly(file)
+            file.seek(0)
+            data = file.read()
+        return read_plain(parse(data))
 
 
 @contextlib.contextmanager
@@ -125,12 +129,15 @@ def reading(name: str) -> Iterator[None]:
             gc.enable()
 
 
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """Reads a file whole: a process that maps it is killed when another one shortens the file."""
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a file, or what a pipe holds; a mapped file would end the process when it shrinks."""
     if os.path.isdir(path):
         raise ValueError(f"{_FILE} a folder{_CONVERT}")
-    with open(path, "rb") as file:
-        return file.read()
+    file = open(path, "rb", buffering=0)  # noqa: SIM115
+    if file.seekable():
+        return file
+    with file:
+        return BytesIO(file.read())
 
 
 def parse(data: bytes) -> Any:
@@ -167,41 +174,115 @@ class _Annotation(msgspec.Struct, gc=False):
 class _Coco(msgspec.Struct):
     """The needed keys alone: polygons are never built."""
 
-    images: list[_Image]
-    annotations: list[_Annotation]
+    images: list[_Image] | msgspec.UnsetType = msgspec.UNSET
+    annotations: list[_Annotation] | msgspec.UnsetType = msgspec.UNSET
     categories: Any = None
 
 
-def _read_typed(coco: _Coco) -> CocoColumns:
-    """Makes columns of what the strict pass has decoded."""
-    images, annotations = coco.images, coco.annotations
+# Bytes that are decoded at once. This bounds temporary memory, and keeps it in the cache.
+_BLOCK = 1 << 20
+_START = re.compile(rb'"annotations"\s*:\s*\[')
+_BETWEEN = re.compile(rb"\}\s*,\s*$")
+_decode_coco = msgspec.json.Decoder(_Coco).decode
+_decode_annotations = msgspec.json.Decoder(list[_Annotation]).decode
+# Image ids, xywh, category ids, crowd and ignore of some annotations.
+_Columns: TypeAlias = tuple[
+    npt.NDArray[np.int64],
+    npt.NDArray[np.float64],
+    list[Id | None],
+    npt.NDArray[np.bool_],
+    npt.NDArray[np.bool_],
+]
+
+
+def _read_strictly(file: BinaryIO) -> CocoColumns:
+    """Reads a file without anything unusual in it, block by block.
+
+    The list of annotations is cut where one object seems to follow another. A piece that decodes
+    as a list of annotations began and ended between two of them; else the rest is decoded whole.
+    """
+    head = bytearray()
+    start = None
+    while start is None:
+        block = file.read(_BLOCK)
+        if not block:
+            raise msgspec.DecodeError("no list of annotations")
+        searched = max(0, len(head) - 100)
+        head += block
+        start = _START.search(head, searched)
+    first = _decode_coco(head[: start.start()] + b'"annotations":[]}')
+    pieces = []
+    rest = bytes(head[start.end() :])
+    while block := file.read(_BLOCK):
+        rest += block
+        end, next_start = _last_cut(rest)
+        if not end:
+            continue
+        try:
+            pieces.append(_columns(_decode_annotations(b"[%b]" % rest[:end])))
+            rest = rest[next_start:]
+        except msgspec.MsgspecError:  # cut elsewhere: behind the annotations, or in one
+            rest += file.read()
+    last = _decode_coco(b'{"annotations":[' + rest)
+    pieces.append(_columns(last.annotations))
+    if last.images is msgspec.UNSET:
+        last.images = first.images
+    last.categories = last.categories or first.categories
+    return _joined(last, pieces)
+
+
+def _last_cut(text: bytes) -> tuple[int, int]:
+    """Returns where the last but one object seems to end, and the last one to start, or zeros."""
+    start = text.rfind(b"{")
+    while start > 0:
+        if between := _BETWEEN.search(text, max(0, start - 100), start):
+            return between.start() + 1, start
+        start = text.rfind(b"{", 0, start)
+    return 0, 0
+
+
+def _columns(annotations: list[_Annotation] | msgspec.UnsetType) -> _Columns:
+    if isinstance(annotations, msgspec.UnsetType):
+        raise msgspec.ValidationError("no list of annotations")
+    num = len(annotations)
+    boxes = chain.from_iterable([a.bbox for a in annotations])
+    return (
+        np.fromiter([a.image_id for a in annotations], np.int64, num),
+        np.fromiter(boxes, np.float64, 4 * num).reshape(-1, 4),
+        [a.category_id for a in annotations],
+        np.fromiter([a.iscrowd for a in annotations], np.bool_, num),
+        np.fromiter([a.ignore for a in annotations], np.bool_, num),
+    )
+
+
+def _joined(coco: _Coco, pieces: Sequence[_Columns]) -> CocoColumns:
+    """Makes the columns of a file from its images and those of all annotations."""
+    images = coco.images
+    if isinstance(images, msgspec.UnsetType):
+        raise msgspec.ValidationError("no list of images")
     ids = np.array([image.id for image in images], np.int64)
     image_sizes = np.array([(i.height, i.width) for i in images], np.int64).reshape(-1, 2)
     bad = ((image_sizes < 1) | (image_sizes > MAX_SIDE)).any(axis=1)
     if bad.any():
         index = int(bad.argmax())
         _refuse_size(index, images[index].id, images[index].height, images[index].width)
-    num = len(annotations)
-    owners = np.fromiter([a.image_id for a in annotations], np.int64, num)
-    image_index = np.full(num, -1)
+    some_owners, boxes, categories, crowd, ignore = zip(*pieces, strict=True)
+    owners = np.concatenate(some_owners)
+    image_index = np.full(len(owners), -1)
     if len(ids):
         # Sorted first: a search in order is several times as fast.
         by_owner, by_id = np.argsort(owners), np.argsort(ids)
         found = np.searchsorted(ids[by_id], owners[by_owner])
         image_index[by_owner] = by_id[found.clip(max=len(ids) - 1)]
         image_index[ids[image_index] != owners] = -1
-    values = chain.from_iterable([a.bbox for a in annotations])
     columns = CocoColumns(
         image_ids=ids.tolist(),
         image_sizes=image_sizes,
         image_index=image_index,
-        boxes=np.fromiter(values, np.float64, 4 * num).reshape(-1, 4),
-        category_ids=[a.category_id for a in annotations],
+        boxes=np.concatenate(boxes),
+        category_ids=list(chain.from_iterable(categories)),
         listed=_listed(coco.categories),
-        reasons=_flags(
-            np.fromiter([a.iscrowd for a in annotations], np.bool_, num),
-            np.fromiter([a.ignore for a in annotations], np.bool_, num),
-        ),
+        reasons=_flags(np.concatenate(crowd), np.concatenate(ignore)),
     )
     return _checked(columns, owners[:1].tolist())
 

@@ -17,8 +17,8 @@ from alphafpn.estimate.coco import (
     CocoColumns,
     Id,
     as_id,
+    open_file,
     parse,
-    read_bytes,
     read_plain,
     reading,
     show,
@@ -93,8 +93,8 @@ def _load(source: Any, name: str) -> tuple[str, Any]:
     """Returns the name with the file's path, and a copy of the data as plain Python objects."""
     if isinstance(source, str | os.PathLike):
         name = f"{os.fspath(source)}: {name}"
-        with reading(name):
-            return name, parse(read_bytes(source))
+        with reading(name), open_file(source) as file:
+            return name, parse(file.read())
     return name, msgspec.to_builtins(source, enc_hook=_plain)
 
 

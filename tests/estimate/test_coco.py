@@ -147,6 +147,44 @@ class TestRead:
         found = read_annotations(write(tmp_path, coco(annotations=annotations)))
         assert found.boxes[:, 0].tolist() == [*range(1, 40, 2), *range(0, 40, 2)]
 
+    @pytest.mark.parametrize("indent", [None, 2])
+    @pytest.mark.parametrize("order", [1, -1], ids=["annotations last", "annotations first"])
+    @pytest.mark.parametrize(
+        "extra",
+        [
+            {},
+            {"segmentation": {"counts": [1, 2], "size": [9, 9]}},
+            {"attributes": [{"a": 1}, {"b": [{"c": 2}, {"d": 3}]}]},
+            {"note": '}, {"annotations": [{"image_id": 1}, {'},
+        ],
+        ids=["plain", "mask", "objects in lists", "text like JSON"],
+    )
+    def test_large_files(
+        self, path: Path, indent: int | None, order: int, extra: dict[str, Any]
+    ) -> None:
+        # They are read in pieces of about a megabyte.
+        content = coco(
+            images=[{"id": i, "width": 640, "height": 480, "note": "x" * 2000} for i in range(900)],
+            annotations=[
+                annotation(id=i, image_id=i % 900, bbox=[i % 500, 7, 9 + i % 5, 11], **extra)
+                for i in range(20_000)
+            ],
+        )
+        categories = content.pop("categories")
+        content = dict([*list(content.items())[::order], ("categories", categories)])
+        path.write_text(json.dumps(content, indent=indent))
+        assert path.stat().st_size > 3_000_000
+        read, expected = read_coco(path, ""), read_coco(content, "")
+        for name in ("image_sizes", "image_index", "boxes", "reasons"):
+            np.testing.assert_array_equal(getattr(read, name), getattr(expected, name))
+        assert read.image_ids == expected.image_ids
+        assert read.listed == expected.listed
+        assert read.category_ids == expected.category_ids
+        text = path.read_bytes()
+        for end in (1 << 20, 2_500_000, len(text) - 2):
+            with pytest.raises(ValueError, match="at character"):
+                read_bytes(path, text[:end])
+
     def test_largest_numbers(self, tmp_path: Path) -> None:
         largest = {"id": 2**63 - 1, "width": 2**24, "height": 2**24}
         content = coco(images=[largest], annotations=[annotation(image_id=2**63 - 1)])
