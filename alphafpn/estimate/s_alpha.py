@@ -325,7 +325,7 @@ def _joined(gt_boxes: Any) -> tuple[Tensor, Tensor]:
     name = "gt_boxes" if single else "gt_boxes[{}]"
     images: list[Any] = [gt_boxes] if single else list(gt_boxes)
     for i, boxes in enumerate(images):
-        # Values are checked below, all at once: there may be many images of a few boxes.
+        # Values are checked below, in blocks: there may be many images of a few boxes.
         if not (
             type(boxes) is Tensor
             and boxes.dim() == 2
@@ -337,10 +337,12 @@ def _joined(gt_boxes: Any) -> tuple[Tensor, Tensor]:
     if len(devices) > 1:
         raise ValueError(f"gt_boxes: expected one device, found {sorted(map(str, devices))}")
     joined = images[0] if single else torch.cat(images or [torch.zeros(0, 4, device="cpu")])
+    joined = joined.detach()
     if joined.device.type == "mps":  # it has no float64, which sums are exact in
         joined = joined.cpu()
     try:
-        joined = check_boxes(joined, name)
+        for block in joined.split(BLOCK):
+            check_boxes(block, name)
     except ValueError:
         for i, boxes in enumerate(images):
             check_boxes(boxes, name.format(i))
