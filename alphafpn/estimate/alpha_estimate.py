@@ -183,22 +183,20 @@ class AlphaEstimate(Sequence[float]):
                 f"confidence_level: expected a number between 0 and 1, found {confidence_level}"
             )
         z = NormalDist().inv_cdf(0.5 + confidence_level / 2)
+        moments = np.array(self.moments, np.float64)
         result = []
         for i, (x, y) in enumerate(self._fractions()):
             if x == 0 or y == 0 or self.num_images < 2:
                 result.append((0.0, math.inf))
                 continue
-            upper = self._upper_levels(i)
-            xx = sum(self.moments[a][b] for a in upper for b in upper)
-            xy = sum(self.moments[a][i] for a in upper)
-            yy = self.moments[i][i]
-            variance = xx / x**2 - 2 * xy / (x * y) + yy / y**2
-            variance *= self.num_images / (self.num_images - 1)
-            half = z * math.sqrt(max(variance, 0.0))
-            ratio = x / y
+            # An image's part in the logarithm of x / y, for each of its boxes on a level.
+            part = np.zeros(len(self.counts))
+            part[self._upper_levels(i)] = 1 / x
+            part[i] = -1 / y
+            variance = float(part @ moments @ part) * self.num_images / (self.num_images - 1)
             with np.errstate(over="ignore"):  # beyond the largest float a bound tells nothing
-                spread = float(np.exp(half))
-            result.append((ratio / spread, ratio * spread))
+                spread = float(np.exp(z * math.sqrt(max(variance, 0.0))))
+            result.append((x / y / spread, x / y * spread))
         return tuple(result)
 
     def recall(self, iou: float) -> float:
@@ -219,15 +217,12 @@ class AlphaEstimate(Sequence[float]):
 
     def _fractions(self) -> list[tuple[int, int]]:
         """Returns numerator and denominator of each ratio (Algorithm 1, lines 12 to 17)."""
-        return [
-            (sum(self.counts[k] for k in self._upper_levels(i)), self.counts[i])
-            for i in range(self.num_fused_levels - 1)
-        ]
+        edges = range(self.num_fused_levels - 1)
+        return [(sum(self.counts[self._upper_levels(i)]), self.counts[i]) for i in edges]
 
-    def _upper_levels(self, i: int) -> range:
+    def _upper_levels(self, i: int) -> slice:
         """Returns the levels in the numerator of ratio `i`; the last one adds the extra levels."""
-        last = i == self.num_fused_levels - 2
-        return range(i + 1, len(self.counts) if last else i + 2)
+        return slice(i + 1, None if i == self.num_fused_levels - 2 else i + 2)
 
     def merge(self, other: AlphaEstimate) -> AlphaEstimate:
         """Adds two shards up as if counted together.

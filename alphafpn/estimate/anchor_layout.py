@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -204,17 +205,18 @@ def check_anchors(anchors: Any, where: str) -> Tensor:
 
 def check_distinct(anchors: AnchorLayout | Sequence[Tensor], where: str) -> None:
     """Raises ValueError if all anchors of a level also lie on a finer one."""
+    levels: Sequence[Tensor] = (
+        anchors.cell_anchors if isinstance(anchors, AnchorLayout) else anchors
+    )
+    names: Sequence[Any] = range(len(levels))
+    pairs = list(itertools.combinations(names, 2))
     if isinstance(anchors, AnchorLayout):
         # Only cell anchors of equal size can coincide, so most layouts need no anchors.
-        cells, names = anchors.cell_anchors, anchors.level_names
-        pairs = [(i, j) for i, j in _pairs(len(cells)) if _same_sizes(cells[i], cells[j])]
-        levels: Sequence[Tensor] = anchors.anchors() if pairs else ()
-    else:
-        levels, names = anchors, tuple(str(i) for i in range(len(anchors)))
-        pairs = _pairs(len(levels))
+        pairs = [(i, j) for i, j in pairs if _same_sizes(levels[i], levels[j])]
+        levels, names = anchors.anchors() if pairs else (), anchors.level_names
     for i, j in pairs:
         if _contains(levels[i], levels[j]):
-            fine, coarse = (names[k].removeprefix("level ") for k in (i, j))
+            fine, coarse = (str(names[k]).removeprefix("level ") for k in (i, j))
             raise ValueError(
                 f"{where}: expected levels that can be told apart, found that all anchors of level "
                 f"{coarse} also lie on level {fine}, so no box can be given to one of them by its "
@@ -222,10 +224,6 @@ def check_distinct(anchors: AnchorLayout | Sequence[Tensor], where: str) -> None
                 "level: see AnchorLayout.from_detector. Its MobileNet detectors have such levels "
                 "by design; patch them with factors of your choice.)"
             )
-
-
-def _pairs(num_levels: int) -> list[tuple[int, int]]:
-    return [(i, j) for j in range(num_levels) for i in range(j)]
 
 
 def _same_sizes(fine: Tensor, coarse: Tensor) -> bool:
@@ -273,7 +271,7 @@ def largest(layouts: Sequence[AnchorLayout]) -> AnchorLayout:
     return max(layouts, key=lambda layout: math.prod(layout.grid_sizes[0]))
 
 
-def describe(layouts: Sequence[AnchorLayout], num_levels: int) -> dict[str, Any]:
+def describe_levels(layouts: Sequence[AnchorLayout], num_levels: int) -> dict[str, Any]:
     """Returns what an estimate says of its anchors; without `layouts` they are irregular."""
     if not layouts:
         return {"level_names": tuple(f"level {i}" for i in range(num_levels))}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 import os
-import reprlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
@@ -20,9 +19,10 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import CocoDetection
-from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
+from torchvision.tv_tensors import BoundingBoxes
 from tqdm import tqdm
 
+from alphafpn.estimate.checks import to_xyxy
 from alphafpn.estimate.coco import (
     MAX_SIDE,
     OTHER,
@@ -48,15 +48,13 @@ class Annotations:
 
     Attributes:
         image_sizes: (height, width) of each image, int64 `[M, 2]`.
-        boxes: `xyxy`, float32 `[G, 4]`, clipped to their images; grouped by image in the order of
-            the images, and within an image in the order they were given.
-        boxes_per_image: int64 `[M]`; zero for an image without boxes.
-        num_clipped: How many of the boxes reached beyond their image by more than a pixel.
-        num_fit_swapped: How many of these, and of those outside their image, would fit the image if
-            its width and height were swapped.
-        left_out: How many boxes were left out, by reason (`alphafpn.estimate.coco.REASONS`). A box
-            with several reasons counts under the first of them.
-        notes: What else a user should know: how many boxes it is about, by text.
+        boxes: `xyxy`, float32 `[G, 4]`, clipped to their images, in the order of the images.
+        boxes_per_image: int64 `[M]`.
+        num_clipped: Boxes that reached beyond their image by more than a pixel.
+        num_fit_swapped: Of these, and of those outside their image, how many would fit it if its
+            width and height were swapped.
+        left_out: Boxes that were left out, by the first of their `coco.REASONS`.
+        notes: What else a user should know, with the number of boxes it is about.
         files: Name and number of images of each file that was read.
     """
 
@@ -86,43 +84,17 @@ def read_annotations(
     progress: bool = False,
     allow_empty: bool = False,
 ) -> Annotations:
-    """Reads image sizes and boxes, opening no image if the annotations hold the sizes.
+    """Reads the data sets that `estimate_alpha_for` takes, and their errors are its errors.
 
-    Args:
-        dataset: One of
-
-            - a path to a COCO JSON file, or a sequence of such paths: the shards of one data set,
-              in which the ids of images count for their own file alone;
-            - such a file as a dictionary in memory;
-            - a `torchvision.datasets.CocoDetection`, also wrapped for `transforms.v2` or behind
-              `Subset`s: read through its annotations, for its `ids` only, before any transform;
-            - an iterable of `((height, width), boxes)`, boxes `[n, 4]` `xyxy` in original pixels as
-              tensor, array or list;
-            - an iterable or a map-style data set of `(image, target, ...)` with `target["boxes"]`,
-              or of dictionaries with `image` and `boxes` or `bbox_xyxy`. Boxes are as before, or
-              `BoundingBoxes` of any unrotated format, in pixels of that image. Items are loaded;
-              sizes come from the image or the boxes' `canvas_size`.
-        category_ids: Take only boxes of these categories: COCO ids, or the items' labels.
-        progress: Show a progress bar on stderr while items are loaded.
-        allow_empty: Whether there may be no images or no boxes, as in one process's share of a
-            data set. A category that such a share does not have is no error either.
-
-    Returns:
-        The columns. Images without boxes stay. Boxes are clipped to their images; those of zero
-        size, those wholly outside and broken annotations are left out and counted.
-
-    Raises:
-        TypeError: If `dataset` is none of these, or an item has the wrong types.
-        ValueError: If a file or an item is broken (the message names the place, what was expected
-            and what was found), a category is unknown, or no boxes are left.
-        OSError: If a file cannot be read.
+    No image is opened if the annotations hold the sizes. Images without boxes stay; boxes of zero
+    size, those wholly outside their image and broken annotations are left out and counted. With
+    `allow_empty` there may be no images, no boxes or no box of a category, as in one process's
+    share of a data set.
     """
     wanted = _wanted(category_ids)
     known: set[Id] = set()
     if sources := _coco_sources(dataset):
-        name = (
-            sources[0][0] if len(sources) == 1 else f"{sources[0][0]} and {len(sources) - 1} more"
-        )
+        name = sources[0][0] + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
         # One after the other: another process takes longer to start than a file to read.
         annotations = _concatenate(
             [_from_coco(name, source, ids, wanted, known) for name, source, ids in sources]
@@ -326,11 +298,10 @@ def _items(dataset: object) -> Iterator[object]:
     elif isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
         # Without `__iter__`, Python would go on until an IndexError that data sets need not raise.
         return map(dataset.__getitem__, range(len(dataset)))
+    hint = "; give its `.dataset`" if isinstance(dataset, DataLoader) else ""
     raise TypeError(
         f"dataset: expected a path to a COCO JSON file, such a file as a dictionary, or items that"
-        f" are {_ITEM}; found {describe(dataset)}"
-        + "; give its `.dataset`"
-        * isinstance(dataset, DataLoader)
+        f" are {_ITEM}; found {describe(dataset)}{hint}"
     )
 
 
@@ -387,7 +358,10 @@ def _size(value: Any, where: str) -> tuple[int, int]:
 
 def _boxes(value: Any, where: str) -> npt.NDArray[np.float32]:
     """Returns boxes as float32 `xyxy` `[n, 4]`."""
-    array = _array(_xyxy(value, where), where)
+    # `BoundingBoxes([], ...)` has shape [1, 0], which cannot be converted.
+    if isinstance(value, BoundingBoxes) and value.numel():
+        value = to_xyxy(value, where)
+    array = _array(value, where)
     if array.size == 0 and array.ndim <= 2 and array.shape[-1] in (0, 4):
         return np.empty((0, 4), dtype=np.float32)
     if array.dtype.kind not in "iuf":
@@ -404,21 +378,6 @@ def _boxes(value: Any, where: str) -> npt.NDArray[np.float32]:
             f" and y1 <= y2, found {array[index].tolist()}"
         )
     return boxes
-
-
-def _xyxy(value: Any, where: str) -> Any:
-    if not isinstance(value, BoundingBoxes) or value.format is BoundingBoxFormat.XYXY:
-        return value
-    if not value.numel():  # `BoundingBoxes([], ...)` has shape [1, 0], which cannot be converted
-        return value
-    if value.format not in (BoundingBoxFormat.XYWH, BoundingBoxFormat.CXCYWH):
-        raise ValueError(f"{where}: expected unrotated boxes, found {value.format.value}")
-    # Few need it, and it is slow to import.
-    from torchvision.transforms.v2.functional import convert_bounding_box_format
-
-    return convert_bounding_box_format(
-        value.as_subclass(torch.Tensor).float(), value.format, BoundingBoxFormat.XYXY
-    )
 
 
 def _labels(target: Mapping[Any, Any], count: int, where: str) -> npt.NDArray[np.int64]:
@@ -451,6 +410,5 @@ def describe(value: object) -> str:
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return f"{type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
     if isinstance(value, (tuple, list, int, float, str, type(None))):
-        # On one line: a tensor inside would bring its own.
-        return f"{type(value).__name__} {' '.join(reprlib.repr(value).split())}"
+        return f"{type(value).__name__} {show(value)}"
     return type(value).__name__

@@ -15,13 +15,7 @@ DEFAULT_CLAMP = (0.2, 2.0)
 
 
 def check_boxes(boxes: object, where: str) -> Tensor:
-    """Returns `boxes` as a floating tensor [N, 4] of finite xyxy boxes.
-
-    Raises:
-        TypeError: If it is no tensor of real numbers.
-        ValueError: If it has another shape, or a box is not finite or inverted, or so large that
-            its area is not finite.
-    """
+    """Returns `boxes` as a floating tensor [N, 4] of xyxy boxes with finite areas, or raises."""
     if not isinstance(boxes, Tensor):
         raise TypeError(f"{where}: expected a tensor [N, 4], found {type(boxes).__name__}")
     if boxes.dtype == torch.bool or boxes.is_complex():
@@ -66,12 +60,7 @@ def to_xyxy(boxes: Tensor, where: str) -> Tensor:
 
 
 def check_num_fused_levels(num_fused_levels: Any, num_levels: int) -> int:
-    """Returns `num_fused_levels` as an int from 2 to `num_levels`.
-
-    Raises:
-        TypeError: If it is no whole number.
-        ValueError: If it is out of range.
-    """
+    """Returns `num_fused_levels` as an int from 2 to `num_levels`, or raises."""
     try:
         if isinstance(num_fused_levels, bool):
             raise TypeError
@@ -88,12 +77,7 @@ def check_num_fused_levels(num_fused_levels: Any, num_levels: int) -> int:
 
 
 def check_clamp(clamp: Any) -> tuple[float, float] | None:
-    """Returns `clamp` as two floats.
-
-    Raises:
-        TypeError: If it is not None or a pair of numbers.
-        ValueError: Unless 0 <= lower <= upper < inf.
-    """
+    """Returns `clamp` as None or two floats with 0 <= lower <= upper < inf, or raises."""
     if clamp is None:
         return None
     try:

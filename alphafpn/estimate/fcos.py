@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -65,35 +66,14 @@ def owned_boxes(
     Returns:
         Whether each box owns a location, bool [G].
     """
-    owned = torch.zeros(len(boxes), dtype=torch.bool)
-    # Whole images, since boxes compete within one.
-    ends = torch.unique_consecutive(image_index, return_counts=True)[1].cumsum(0)
-    start = 0
-    while start < len(boxes):
-        # At least one image, else as many as end within the block.
-        last = int(torch.searchsorted(ends, start + _BLOCK, right=True))
-        stop = int(ends[max(last - 1, int(torch.searchsorted(ends, start, right=True)))])
-        part = slice(start, stop)
-        owned[part] = _owned(
-            boxes[part], image_index[part], layout_index[part], cells, strides, grid_sizes, radius
-        )
-        start = stop
-    return owned
-
-
-def _owned(
-    boxes: Tensor,
-    image_index: Tensor,
-    layout_index: Tensor,
-    cells: Sequence[Tensor],
-    strides: Tensor,
-    grid_sizes: Tensor,
-    radius: float,
-) -> Tensor:
     value = 1e8 - (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    centres = (boxes[:, :2] + boxes[:, 2:]).flip(1) / 2  # (y, x)
+    half = (boxes[:, 2:] - boxes[:, :2]).amax(1) / 2
+    span = int(grid_sizes.amax()) + 1
     owned = torch.zeros(len(boxes), dtype=torch.bool)
-    for level, cell in enumerate(cells):
+    for (first, stop), (level, cell) in itertools.product(
+        _whole_images(image_index), enumerate(cells)
+    ):
         size = (cell[0, 2] - cell[0, 0]).float()
         reach, low, high = radius * size, size * 4, size * 8
         if level == 0:
@@ -101,20 +81,20 @@ def _owned(
         if level == len(cells) - 1:
             high = torch.full_like(high, math.inf)
         # The farthest side of a box is between half of the longer side and this plus the radius.
-        half = (boxes[:, 2:] - boxes[:, :2]).amax(1) / 2
-        some = ((half + reach + 1 > low) & (half - 1 < high)).nonzero().squeeze(1)
+        part = half[first:stop]
+        some = first + ((part + reach + 1 > low) & (part - 1 < high)).nonzero().squeeze(1)
         if not len(some):
             continue
         stride, grid = strides[layout_index[some], level], grid_sizes[layout_index[some], level]
-        origin = (cell[0, :2] + cell[0, 2:]) / 2
+        origin = (cell[0, [1, 0]] + cell[0, [3, 2]]) / 2
         # Positions along both axes that may be within the radius, [B, steps, 2] as (y, x).
-        first = ((centres[some].flip(1) - reach - origin.flip(0)) / stride).floor()
+        nearest = ((centres[some] - reach - origin) / stride).floor()
         steps = torch.arange(int((2 * reach / stride.min()).floor()) + 2)
-        index = first.long()[:, None] + steps[:, None]
+        index = nearest.long()[:, None] + steps[:, None]
         # Anchors are a whole number of strides from the cell, added in float32.
         shift = (index * stride.long()[:, None]).float()
         place = ((shift + cell[0, [1, 0]]) + (shift + cell[0, [3, 2]])) / 2
-        near = (place - centres[some].flip(1)[:, None]).abs() < reach
+        near = (place - centres[some][:, None]).abs() < reach
         sides = place - boxes[some][:, None, [1, 0]], boxes[some][:, None, [3, 2]] - place
         farthest = torch.maximum(*sides)
         good = near & (torch.minimum(*sides) > 0) & (farthest < high)
@@ -123,11 +103,21 @@ def _owned(
         match = good[:, :, None, 0] & good[:, None, :, 1]
         match &= (farthest > low)[:, :, None, 0] | (farthest > low)[:, None, :, 1]
         box, row, column = match.nonzero().unbind(1)
-        span = int(grid_sizes.amax()) + 1
         key = image_index[some[box]]
         key = (key * span + index[box, row, 0]) * span + index[box, column, 1]
         owned[_winners(key, some[box], value)] = True
     return owned
+
+
+def _whole_images(image_index: Tensor) -> list[tuple[int, int]]:
+    """Cuts boxes into blocks (first, stop) of whole images, since boxes compete within one."""
+    ends = image_index.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
+    blocks, first = [], 0
+    for end, following in itertools.pairwise([*ends, math.inf]):
+        if following - first > _BLOCK:
+            blocks.append((first, end))
+            first = end
+    return blocks
 
 
 def _winners(location: Tensor, box: Tensor, value: Tensor) -> Tensor:

@@ -30,13 +30,8 @@ CENTRE_SPREAD = 1e-4
 class GridMatcher:
     """Finds the exact best level for anchors on grids, at a cost per cell anchor.
 
-    Each box's result depends on this box alone, so sums of shards equal those of the whole.
-
-    Args:
-        cell_anchors: Per level, anchors [A, 4] (xyxy, pixels) of the position at the origin.
-        layouts: Strides and grid sizes of the different images; their cell anchors are not used.
-        dtype: Of the computation: float32 or float64, at least as wide as boxes and anchors.
-        device: Where the boxes are.
+    Each box's result depends on this box alone, so sums of shards equal those of the whole. The
+    layouts give strides and grid sizes only; `dtype` is at least as wide as boxes and anchors.
     """
 
     def __init__(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,11 +18,7 @@ _WRAPPERS = ("ScriptModule", "DistributedDataParallel", "FullyShardedDataParalle
 
 
 def find_detector(model: nn.Module) -> Any:
-    """Returns the only detector in `model`: a module with a `transform` and a `backbone`.
-
-    Raises:
-        TypeError: If there is none, or more than one; the message names what was found.
-    """
+    """Returns the only detector in `model`, a module with a `transform` and a `backbone`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
     found = {
@@ -57,9 +52,7 @@ def refuse_wrappers(model: nn.Module, advice: str) -> None:
 class DetectorProbe:
     """The levels, anchors and input sizes of a detector, read from a copy without weights.
 
-    Args:
-        model: A torchvision detector, or a module that holds exactly one.
-        like: A probe of the same detector, for a `model` that is a skeleton adapted from its.
+    `like` is a probe of the same detector, for a `model` that is a skeleton adapted from its.
 
     Attributes:
         detector: A copy of the detector on the meta device, from `skeleton`.
@@ -68,10 +61,6 @@ class DetectorProbe:
         num_fused_levels: K of its pyramid.
         is_fcos: Whether levels follow regression ranges instead of IoU.
         detections_per_image: The detector's cap on detections.
-
-    Raises:
-        TypeError: If there is no single detector, or it has no feature pyramid or no anchors that
-            `AnchorGenerator` places.
     """
 
     def __init__(self, model: nn.Module, like: DetectorProbe | None = None) -> None:
@@ -97,7 +86,7 @@ class DetectorProbe:
         self.detections_per_image: int | None = getattr(heads, "detections_per_img", None)
         # Running the backbone takes longer than all else, so probes of one backbone share the maps.
         same = like is not None and like.num_fused_levels == self.num_fused_levels
-        self.shared: _Maps = like.shared if like is not None and same else _Maps()
+        self.maps: dict[Size, list[tuple[str, Size]]] = like.maps if like and same else {}
 
     def anchor_grids(
         self, padded: Size
@@ -124,31 +113,22 @@ class DetectorProbe:
         A convolutional backbone treats rows and columns alike, so one run per length serves all
         shapes made of those lengths. The first oblong shape checks that this backbone does.
         """
-        if self.shared.separable is None and padded[0] != padded[1]:
-            self.shared.separable = self._map_sizes(padded) == self._combine(padded)
-        whole = self.shared.separable is False
-        return self._map_sizes(padded) if whole else self._combine(padded)
+        first = next((shape for shape in self.maps if shape[0] != shape[1]), padded)
+        alike = self._map_sizes(first) == self._combine(first)
+        return self._combine(padded) if alike else self._map_sizes(padded)
 
     def _combine(self, padded: Size) -> list[tuple[str, Size]]:
         rows, columns = (self._map_sizes((length, length)) for length in padded)
         return [(name, (h, w)) for (name, (h, _)), (_, (_, w)) in zip(rows, columns, strict=True)]
 
     def _map_sizes(self, padded: Size) -> list[tuple[str, Size]]:
-        if padded not in self.shared.maps:
+        if padded not in self.maps:
             maps = run_backbone(self.detector.backbone, (1, self.num_channels, *padded))
-            self.shared.maps[padded] = [
+            self.maps[padded] = [
                 (str(name), (int(feature.shape[-2]), int(feature.shape[-1])))
                 for name, feature in maps.items()
             ]
-        return self.shared.maps[padded]
-
-
-@dataclass
-class _Maps:
-    """Sizes of feature maps by batch shape, and whether rows and columns are independent."""
-
-    maps: dict[Size, list[tuple[str, Size]]] = field(default_factory=dict)
-    separable: bool | None = None
+        return self.maps[padded]
 
 
 def anchor_generator(detector: Any) -> AnchorGenerator:

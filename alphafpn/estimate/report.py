@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from alphafpn.display import new_axes, table
 
@@ -45,7 +45,7 @@ def advice(estimate: AlphaEstimate) -> list[str]:
     if estimate.num_boxes == 0:
         return []
     found = ["also train with factors of 1 and of 0.5: the counts do not tell which are best"]
-    low = [edge(estimate, i) for i, r in enumerate(factors(estimate)) if r <= LARGEST_HARMFUL]
+    low = [edge.name for edge in _edges(estimate) if edge.factor <= LARGEST_HARMFUL]
     if low:
         found.append(
             f"factors up to {LARGEST_HARMFUL} ({', '.join(low)}) can cost many points in short "
@@ -120,14 +120,14 @@ def _anchor_warnings(estimate: AlphaEstimate) -> list[str]:
 
 def _factor_warnings(estimate: AlphaEstimate) -> list[str]:
     found = []
-    for i, (factor, ratio) in enumerate(zip(factors(estimate), estimate.ratios, strict=True)):
-        if estimate.clamp is not None and factor_origin(factor, ratio) == CLAMPED:
+    for edge in _edges(estimate):
+        if estimate.clamp is not None and edge.origin == CLAMPED:
             low, high = estimate.clamp
             found.append(
-                f"the factor {edge(estimate, i)} is set by the clamp [{low:g}, {high:g}]: the "
-                f"ratio is {ratio:.3g}"
+                f"the factor {edge.name} is set by the clamp [{low:g}, {high:g}]: the ratio is "
+                f"{edge.ratio:.3g}"
             )
-    large = [edge(estimate, i) for i, r in enumerate(factors(estimate)) if r > LARGEST_STABLE]
+    large = [edge.name for edge in _edges(estimate) if edge.factor > LARGEST_STABLE]
     if large:
         found.append(
             f"factors above {LARGEST_STABLE} ({', '.join(large)}): in the paper such trainings did "
@@ -138,36 +138,27 @@ def _factor_warnings(estimate: AlphaEstimate) -> list[str]:
 
 def _level_rows(estimate: AlphaEstimate) -> list[tuple[str, ...]]:
     total = estimate.num_boxes * estimate.num_sizes
-    rows: list[tuple[str, ...]] = []
-    for i, (name, count) in enumerate(zip(estimate.level_names, estimate.counts, strict=True)):
-        rows.append(
-            (
-                name,
-                f"{estimate.strides[i]:g}" if estimate.strides else "-",
-                str(estimate.anchors_per_cell[i]) if estimate.anchors_per_cell else "-",
-                f"{count:,}",
-                f"{count / total if total else 0:.1%}",
-                f"{estimate.reached[i] / count:.1%}" if estimate.reached and count else "-",
-            )
+    return [
+        (
+            name,
+            f"{estimate.strides[i]:g}" if estimate.strides else "-",
+            str(estimate.anchors_per_cell[i]) if estimate.anchors_per_cell else "-",
+            f"{count:,}",
+            f"{count / total if total else 0:.1%}",
+            f"{estimate.reached[i] / count:.1%}" if estimate.reached and count else "-",
         )
-    return rows
+        for i, (name, count) in enumerate(zip(estimate.level_names, estimate.counts, strict=True))
+    ]
 
 
 def _factor_rows(estimate: AlphaEstimate) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for i, (factor, ratio, (low, high)) in enumerate(
-        zip(factors(estimate), estimate.ratios, estimate.confidence_interval(), strict=True)
-    ):
-        undefined = math.isnan(ratio)
-        rows.append(
-            (
-                edge(estimate, i),
-                f"{factor:.3f}",
-                "-" if undefined else f"{ratio:.3f}",
-                "-" if undefined else f"{low:.3f} - {high:.3f}",
-                factor_origin(factor, ratio),
-            )
-        )
+    intervals = estimate.confidence_interval()
+    for edge, (low, high) in zip(_edges(estimate), intervals, strict=True):
+        shown = "-", "-"
+        if not math.isnan(edge.ratio):
+            shown = f"{edge.ratio:.3f}", f"{low:.3f} - {high:.3f}"
+        rows.append((edge.name, f"{edge.factor:.3f}", *shown, edge.origin))
     return rows
 
 
@@ -196,9 +187,21 @@ def factor_origin(factor: float, ratio: float) -> str:
     return CLAMPED if factor != ratio else ""
 
 
-def edge(estimate: AlphaEstimate, i: int) -> str:
-    """Names the edge that factor `i` weights."""
-    return f"{estimate.level_names[i + 1]} -> {estimate.level_names[i]}"
+class _Edge(NamedTuple):
+    """An edge between two levels, and the factor that weights it."""
+
+    name: str
+    factor: float
+    ratio: float
+    origin: str
+
+
+def _edges(estimate: AlphaEstimate) -> list[_Edge]:
+    names = estimate.level_names
+    return [
+        _Edge(f"{names[i + 1]} -> {names[i]}", factor, ratio, factor_origin(factor, ratio))
+        for i, (factor, ratio) in enumerate(zip(factors(estimate), estimate.ratios, strict=True))
+    ]
 
 
 def plot(estimate: AlphaEstimate, axes: Axes | None = None) -> Axes:
@@ -215,15 +218,14 @@ def plot(estimate: AlphaEstimate, axes: Axes | None = None) -> Axes:
     axes.set_title(
         f"{estimate.num_boxes:,} boxes on {estimate.num_images:,} images", fontsize="medium"
     )
-    for i, (factor, ratio) in enumerate(zip(factors(estimate), estimate.ratios, strict=True)):
+    for i, edge in enumerate(_edges(estimate)):
         axes.annotate(
             "",
             xy=(i + 0.15, top * 1.13),
             xytext=(i + 0.85, top * 1.13),
             arrowprops={"arrowstyle": "->", "color": "#e45756"},
         )
-        label = f"$\\alpha$ = {factor:.2f}"
+        label = f"$\\alpha$ = {edge.factor:.2f}"
         axes.text(i + 0.5, top * 1.17, label, ha="center", color="#e45756")
-        origin = factor_origin(factor, ratio)
-        axes.text(i + 0.5, top * 1.07, origin, ha="center", va="center", fontsize="small")
+        axes.text(i + 0.5, top * 1.07, edge.origin, ha="center", va="center", fontsize="small")
     return axes

@@ -16,10 +16,7 @@ Size = tuple[int, int]
 class Resize:
     """The input sizes that a detector's transform makes, computed without an image.
 
-    Args:
-        transform: The detector's transform. torchvision's rule is applied in whole numbers; any
-            other transform runs on an empty image.
-        num_channels: Channels of an image.
+    torchvision's rule is applied in whole numbers; any other transform runs on an empty image.
     """
 
     def __init__(self, transform: nn.Module, num_channels: int) -> None:
@@ -48,12 +45,7 @@ class Resize:
     def frame(self, size: Size, min_size: int | None = None) -> tuple[Size, Size]:
         """Computes (height, width) of a resized image, and of the batch that holds it alone.
 
-        Args:
-            size: (height, width) of the original image.
-            min_size: One of `min_sizes`; by default the last, as in evaluation.
-
-        Raises:
-            ValueError: If the resized image has no pixels.
+        `min_size` is one of `min_sizes`; by default the last, as in evaluation.
         """
         transform = self.transform
         if is_stock(transform, GeneralizedRCNNTransform, "resize"):

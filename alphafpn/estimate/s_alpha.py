@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,10 @@ from alphafpn.estimate.anchor_layout import (
     AnchorLayout,
     check_anchors,
     check_distinct,
-    describe,
+    describe_levels,
     largest,
-    recognise_grid,
 )
-from alphafpn.estimate.annotations import Annotations, read_annotations
+from alphafpn.estimate.annotations import Annotations, describe, read_annotations
 from alphafpn.estimate.checks import (
     DEFAULT_CLAMP,
     check_boxes,
@@ -81,44 +81,27 @@ def estimate_alpha(
         (0.5,)
     """
     clamp = check_clamp(clamp)
-    name = "gt_boxes" if isinstance(gt_boxes, Tensor) else "gt_boxes[{}]"
-    images = _images(gt_boxes, name)
-    groups = _groups(anchors, len(images))
-    num_levels = len(_tensors(groups[0][0]))
+    boxes, boxes_per_image = _joined(gt_boxes)
+    families = _families(anchors, len(boxes_per_image))
+    all_anchors = [one for family in families for one in family.anchors]
+    num_levels = len(_levels(all_anchors[0]))
     if num_fused_levels is None:
         first = anchors if isinstance(anchors, AnchorLayout) else anchors[0]
         num_fused_levels = getattr(first, "num_fused_levels", num_levels - 1)
     num_fused_levels = check_num_fused_levels(num_fused_levels, num_levels)
-    layouts = [kind for kind, _ in groups if isinstance(kind, AnchorLayout)]
-    description = describe(layouts if len(layouts) == len(groups) else [], num_levels)
-    device = images[0].device if images else torch.device("cpu")
-    # One matcher takes all layouts with the same cell anchors.
-    families: dict[object, list[tuple[AnchorLayout | Levels, list[int]]]] = {}
-    for kind, members in groups:
-        key: object = id(kind)
-        if isinstance(kind, AnchorLayout):
-            key = tuple((cells.dtype, str(cells.tolist())) for cells in kind.cell_anchors)
-        families.setdefault(key, []).append((kind, members))
+    layouts = [one for one in all_anchors if isinstance(one, AnchorLayout)]
+    description = describe_levels(layouts if len(layouts) == len(all_anchors) else [], num_levels)
+    chosen = [(boxes, boxes_per_image)]
+    if len(families) > 1:
+        each = boxes.split(boxes_per_image.tolist())
+        chosen = [
+            (torch.cat([each[image] for image in family.images]), boxes_per_image[family.images])
+            for family in families
+        ]
     estimates = []
-    for family in families.values():
-        kinds: list[Any] = [kind for kind, _ in family]
-        pairs = sorted((i, index) for index, (_, members) in enumerate(family) for i in members)
-        chosen = [images[i] for i, _ in pairs]
-        tensors = [*chosen, *_tensors(kinds[0])]
-        wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-        dtype = torch.float64 if wide else torch.float32
-        matcher: Matcher
-        if isinstance(kinds[0], AnchorLayout):
-            matcher = GridMatcher(kinds[0].cell_anchors, kinds, dtype, device)
-        else:
-            matcher = SearchMatcher(kinds[0], dtype, device)
-        counts = count_levels(
-            matcher,
-            _blocks(chosen, [i for i, _ in pairs], name),
-            torch.tensor([b.shape[0] for b in chosen], dtype=torch.int64, device="cpu"),
-            num_levels,
-            torch.tensor([index for _, index in pairs], dtype=torch.int64, device="cpu"),
-        )
+    for family, (some, lengths) in zip(families, chosen, strict=True):
+        index = torch.tensor(family.layout_index, dtype=torch.int64, device="cpu")
+        counts = count_levels(family.matcher(boxes), some, lengths, num_levels, index)
         estimates.append(_estimate([counts], num_fused_levels, clamp, **description))
     return functools.reduce(AlphaEstimate.merge, estimates)
 
@@ -184,7 +167,7 @@ def estimate_probe(
     counts = [
         count_levels(
             part.matcher(probe.is_fcos) if layouts else None,
-            part.boxes.split(BLOCK),
+            part.boxes,
             part.boxes_per_image,
             num_levels,
             part.layout_index,
@@ -197,7 +180,7 @@ def estimate_probe(
         probe.num_fused_levels,
         clamp,
         follows_iou=not probe.is_fcos,
-        **describe(layouts, num_levels),
+        **describe_levels(layouts, num_levels),
         left_out=dict(annotations.left_out),
         num_clipped=annotations.num_clipped,
         num_fit_swapped=annotations.num_fit_swapped,
@@ -211,11 +194,8 @@ def estimate_probe(
 class InputBoxes:
     """Boxes as the network sees them, at one of the sizes that training chooses from.
 
-    Attributes:
-        boxes: [G, 4] xyxy, float32, in pixels of the resized images, ordered by image.
-        boxes_per_image: int64 [M].
-        layouts: The layouts of anchors that images have.
-        layout_index: The layout of each image, int64 [M].
+    `boxes` [G, 4] are xyxy, float32, ordered by image; `boxes_per_image` [M] and `layout_index` [M]
+    are int64, and the latter tells which of the `layouts` each image has.
     """
 
     boxes: Tensor
@@ -233,11 +213,7 @@ class InputBoxes:
 
 
 def input_boxes(probe: DetectorProbe, annotations: Annotations, min_size: int | None) -> InputBoxes:
-    """Resizes the boxes as the detector does, and finds the layout of each image.
-
-    Raises:
-        ValueError: If a resized image has no pixels; the message names it.
-    """
+    """Resizes the boxes as the detector does, and finds the layout of each image."""
     # Sizes repeat: work is per different size, and per different padded shape.
     key = annotations.image_sizes[:, 0] << 32 | annotations.image_sizes[:, 1]
     unique, first, size_of_image = np.unique(key, return_index=True, return_inverse=True)
@@ -274,34 +250,25 @@ Counts = tuple[Tensor, Tensor, Tensor]
 
 def count_levels(
     matcher: Matcher | None,
-    blocks: Iterable[Tensor],
+    boxes: Tensor,
     boxes_per_image: Tensor,
     num_levels: int,
-    layout_index: Tensor | None = None,
+    layout_index: Tensor,
 ) -> Counts:
-    """Matches boxes and counts them, block by block.
+    """Matches boxes [G, 4] and counts them, block by block.
 
-    Args:
-        matcher: Of the anchors; None if there are no boxes.
-        blocks: Boxes [n, 4] xyxy, image after image; a block may end within an image.
-        boxes_per_image: int64 [M], on the CPU.
-        num_levels: L.
-        layout_index: Which of the matcher's layouts each image has, int64 [M]; by default the only
-            one.
+    `boxes_per_image` and `layout_index` are int64 [M], on the CPU. There may be no matcher if there
+    are no boxes.
     """
-    device = torch.device("cpu") if matcher is None else matcher.device
-    if layout_index is None:
-        layout_index = torch.zeros_like(boxes_per_image)
+    device = boxes.device
     layout_index, ends = layout_index.to(device), boxes_per_image.cumsum(0).to(device)
     per_image = torch.zeros(len(ends), num_levels + 1, dtype=torch.int64, device=device)
     histogram = torch.zeros(num_levels + 1, IOU_BINS, dtype=torch.int64, device=device)
     size_sum = torch.zeros((), dtype=torch.float64, device=device)
-    start = 0
-    for block in blocks:
-        if matcher is None or not len(block):
-            continue
+    for start in range(0, len(boxes), BLOCK):
+        assert matcher is not None
+        block = boxes[start : start + BLOCK]
         box_index = torch.arange(start, start + len(block), device=device)
-        start += len(block)
         image = torch.searchsorted(ends, box_index, right=True)
         level, iou = matcher.match(block, layout_index[image])
         rows = per_image[int(image[0]) : int(image[-1]) + 1]
@@ -347,40 +314,18 @@ def _estimate(
     )
 
 
-def _blocks(images: Sequence[Tensor], members: Sequence[int], name: str) -> Iterator[Tensor]:
-    """Yields the boxes of all images in blocks, checked; `members` are the images' numbers."""
-    try:
-        some: list[Tensor] = []
-        total = 0
-        # There may be many images of a few boxes: each `len` or `split` would count.
-        for boxes in images:
-            count = boxes.shape[0]
-            if total + count > BLOCK and some:
-                yield check_boxes(torch.cat(some), "")
-                some, total = [], 0
-            if count > BLOCK:
-                yield from (check_boxes(piece, "") for piece in boxes.split(BLOCK))
-            elif count:
-                some.append(boxes)
-                total += count
-        if some:
-            yield check_boxes(torch.cat(some), "")
-    except ValueError:
-        for boxes, i in zip(images, members, strict=True):
-            check_boxes(boxes, name.format(i))
-        raise
-
-
-def _images(gt_boxes: Any, name: str) -> list[Tensor]:
-    """Returns boxes [G, 4] per image, floating, on one device; their values are not checked."""
+def _joined(gt_boxes: Any) -> tuple[Tensor, Tensor]:
+    """Returns the boxes of all images, floating [G, 4], checked; and how many each image has."""
     if not isinstance(gt_boxes, Iterable) or isinstance(gt_boxes, str | bytes | dict):
         raise TypeError(
             "gt_boxes: expected a tensor [G, 4], or a sequence of one per image, found "
             f"{type(gt_boxes).__name__}; a data set needs a detector: see estimate_alpha_for"
         )
-    images = [gt_boxes] if isinstance(gt_boxes, Tensor) else list(gt_boxes)
+    single = isinstance(gt_boxes, Tensor)
+    name = "gt_boxes" if single else "gt_boxes[{}]"
+    images: list[Any] = [gt_boxes] if single else list(gt_boxes)
     for i, boxes in enumerate(images):
-        # This loop runs over every image, so it leaves the values to the blocks.
+        # Values are checked below, in blocks: there may be many images of a few boxes.
         if not (
             type(boxes) is Tensor
             and boxes.dim() == 2
@@ -391,73 +336,102 @@ def _images(gt_boxes: Any, name: str) -> list[Tensor]:
     devices = {boxes.device for boxes in images}
     if len(devices) > 1:
         raise ValueError(f"gt_boxes: expected one device, found {sorted(map(str, devices))}")
-    if devices and devices.pop().type == "mps":  # it has no float64, which sums are exact in
-        images = [boxes.cpu() for boxes in images]
-    return images
+    joined = images[0] if single else torch.cat(images or [torch.zeros(0, 4, device="cpu")])
+    joined = joined.detach()
+    if joined.device.type == "mps":  # it has no float64, which sums are exact in
+        joined = joined.cpu()
+    try:
+        for block in joined.split(BLOCK):
+            check_boxes(block, name)
+    except ValueError:
+        for i, boxes in enumerate(images):
+            check_boxes(boxes, name.format(i))
+        raise
+    lengths = [boxes.shape[0] for boxes in images]
+    return joined, torch.tensor(lengths, dtype=torch.int64, device="cpu")
 
 
-def _groups(anchors: Any, num_images: int) -> list[tuple[AnchorLayout | Levels, list[int]]]:
-    """Returns the different anchors in `anchors`, checked, and the images that have each."""
-    everything = list(range(num_images))
-    if isinstance(anchors, AnchorLayout):
-        return [(_checked(anchors, "anchors"), everything)]
+@dataclass(eq=False)
+class _Family:
+    """Images for one matcher: of layouts with the same cell anchors, or of the same plain anchors.
+
+    `layout_index` tells which of the `anchors` each of the `images` has.
+    """
+
+    anchors: list[Any] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
+    layout_index: list[int] = field(default_factory=list)
+
+    def matcher(self, boxes: Tensor) -> Matcher:
+        """Makes a matcher for boxes on their device, in float64 if boxes or anchors are."""
+        levels = _levels(self.anchors[0])
+        wide = any(tensor.dtype == torch.float64 for tensor in (boxes, *levels))
+        dtype = torch.float64 if wide else torch.float32
+        if isinstance(self.anchors[0], AnchorLayout):
+            return GridMatcher(levels, self.anchors, dtype, boxes.device)
+        return SearchMatcher(levels, dtype, boxes.device)
+
+
+def _families(anchors: Any, num_images: int) -> list[_Family]:
+    """Groups the images by their anchors, checked; each different object is looked at once."""
     if isinstance(anchors, nn.Module):
         raise TypeError(
             f"anchors: expected an AnchorLayout or tensors, found {type(anchors).__name__}; "
             "estimate_alpha_for takes a detector"
         )
-    if isinstance(anchors, Tensor | str) or not (isinstance(anchors, Sequence) and anchors):
-        raise TypeError(
-            "anchors: expected an AnchorLayout, a sequence of tensors [N_l, 4] per level, or a "
-            f"sequence of one of these per image, found {_describe(anchors)}"
-        )
-    if all(isinstance(level, Tensor) for level in anchors):
-        return [(_checked(anchors, "anchors"), everything)]
+    shared = isinstance(anchors, AnchorLayout)
+    if not shared:
+        if isinstance(anchors, Tensor | str) or not (isinstance(anchors, Sequence) and anchors):
+            raise TypeError(
+                "anchors: expected an AnchorLayout, a sequence of tensors [N_l, 4] per level, or a "
+                f"sequence of one of these per image, found {describe(anchors)}"
+            )
+        shared = all(isinstance(level, Tensor) for level in anchors)
+    if shared:
+        return [_Family([_checked(anchors, "anchors")], [], [0] * num_images)]
     if len(anchors) != num_images:
         raise ValueError(f"anchors: expected {num_images}, one per image, found {len(anchors)}")
-    # By identity. `alive` keeps the parts, so that an id stays theirs.
-    alive: list[Any] = []
-    groups: dict[tuple[int, ...], tuple[AnchorLayout | Levels, list[int]]] = {}
+    families: dict[object, _Family] = {}
+    # By identity; the parts are kept, so that an id stays theirs.
+    known: dict[tuple[int, ...], tuple[Any, _Family, int]] = {}
     for i, image in enumerate(anchors):
         if not isinstance(image, AnchorLayout | Sequence) or isinstance(image, str | bytes):
             raise TypeError(
                 f"anchors[{i}]: expected an AnchorLayout or a sequence of tensors per level, "
-                f"found {_describe(image)}"
+                f"found {describe(image)}"
             )
         parts = (image,) if isinstance(image, AnchorLayout) else tuple(image)
-        key = tuple(map(id, parts))
-        if key not in groups:
-            alive.append(parts)
-            kind = _checked(image if isinstance(image, AnchorLayout) else parts, f"anchors[{i}]")
-            groups[key] = kind, []
-            first, found = (len(_tensors(k)) for k, _ in (next(iter(groups.values())), groups[key]))
-            if first != found:
+        identity = tuple(map(id, parts))
+        if identity not in known:
+            checked = _checked(image if isinstance(image, AnchorLayout) else parts, f"anchors[{i}]")
+            key: object = identity
+            if isinstance(checked, AnchorLayout):
+                key = tuple((cells.dtype, str(cells.tolist())) for cells in checked.cell_anchors)
+            family = families.setdefault(key, _Family())
+            family.anchors.append(checked)
+            known[identity] = parts, family, len(family.anchors) - 1
+            first = len(_levels(next(iter(families.values())).anchors[0]))
+            if len(_levels(checked)) != first:
                 raise ValueError(
-                    f"anchors[{i}]: expected {first} levels, as on the first image, found {found}"
+                    f"anchors[{i}]: expected {first} levels, as on the first image, found "
+                    f"{len(_levels(checked))}"
                 )
-        groups[key][1].append(i)
-    return list(groups.values())
+        _, family, index = known[identity]
+        family.images.append(i)
+        family.layout_index.append(index)
+    return list(families.values())
 
 
 def _checked(anchors: AnchorLayout | Levels, where: str) -> AnchorLayout | Levels:
     """Returns the layout, also of plain tensors that have one; its levels can be told apart."""
-    checked = anchors
     if not isinstance(anchors, AnchorLayout):
-        levels = [check_anchors(level, f"{where}[{i}]") for i, level in enumerate(anchors)]
-        grids = [grid for level in levels if (grid := recognise_grid(level)) is not None]
-        checked = levels
-        if len(levels) > 1 and len(grids) == len(levels):
-            cells, strides, grid_sizes = zip(*grids, strict=True)
-            checked = AnchorLayout(cells, strides, grid_sizes, len(levels))
-    check_distinct(checked, where)
-    return checked
+        anchors = [check_anchors(level, f"{where}[{i}]") for i, level in enumerate(anchors)]
+        with contextlib.suppress(ValueError):  # if they are on no grid
+            anchors = AnchorLayout.from_tensors(anchors, len(anchors))
+    check_distinct(anchors, where)
+    return anchors
 
 
-def _describe(value: object) -> str:
-    name = type(value).__name__
-    return f"an empty {name}" if isinstance(value, list | tuple) and not value else name
-
-
-def _tensors(anchors: AnchorLayout | Levels) -> Sequence[Tensor]:
+def _levels(anchors: AnchorLayout | Levels) -> Levels:
     """Returns one tensor per level: cell anchors or anchors."""
     return anchors.cell_anchors if isinstance(anchors, AnchorLayout) else anchors

@@ -17,8 +17,6 @@ SEARCH_ROWS = 64
 class Matcher(Protocol):
     """Gives each box the level of its best-IoU anchor."""
 
-    device: torch.device
-
     def match(self, boxes: Tensor, layout_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Finds level (int64 [B]) and IoU [B] of the best anchor of each box [B, 4] (xyxy).
 
@@ -29,13 +27,7 @@ class Matcher(Protocol):
 
 
 class SearchMatcher:
-    """Finds the exact best level for any anchors: evaluates all pairs, block by block.
-
-    Args:
-        levels: One tensor of anchors [N_l, 4] (xyxy) per level, finest first.
-        dtype: Of the computation.
-        device: Where the boxes are.
-    """
+    """Finds the exact best level for any anchors [N_l, 4]: evaluates all pairs, block by block."""
 
     def __init__(self, levels: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> None:
         self.levels = [level.to(device).t().contiguous() for level in levels]

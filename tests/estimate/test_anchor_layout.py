@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import math
 import pickle
+from contextlib import nullcontext
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -42,8 +44,9 @@ def test_anchors_are_cells_moved_by_strides(seed, kind):
 
 
 def test_parts_of_a_layout_in_other_types():
+    cells = [CELL.long(), CELL.double()]
     layout = AnchorLayout(
-        [CELL.long(), CELL.double()],
+        cells,
         [(torch.tensor(8), np.int64(8)), np.float32(16)],
         [torch.Size([4, 6]), np.array([2, 3])],
         np.int64(2),
@@ -55,6 +58,8 @@ def test_parts_of_a_layout_in_other_types():
     assert type(layout.num_fused_levels) is int
     assert [anchors.dtype for anchors in layout.anchors()] == [torch.float32, torch.float64]
     assert layout.anchors()[1][-1].tolist() == [24.0, 8, 40, 24]
+    cells[1] = 9 * CELL
+    assert torch.equal(layout.cell_anchors[1].float(), CELL)
 
 
 def test_a_layout_survives_pickle_deepcopy_and_to():
@@ -63,9 +68,11 @@ def test_a_layout_survives_pickle_deepcopy_and_to():
         assert all(map(torch.equal, layout.anchors(), other.anchors()))
         assert other.num_fused_levels == layout.num_fused_levels
         assert isinstance(other.cell_anchors, tuple)
+        assert layout != other
     assert {anchors.device.type for anchors in layout.to("meta").anchors()} == {"meta"}
     assert {anchors.device.type for anchors in layout.anchors()} == {"cpu"}
-    with pytest.raises(AttributeError):
+    assert layout in {layout}
+    with pytest.raises(dataclasses.FrozenInstanceError):
         layout.strides = [4, 8]
 
 
@@ -103,18 +110,10 @@ def test_level_names(strides, names, expected):
         ({"grid_sizes": [(4, 4), (0, 4)]}, ValueError, r"grid_sizes\[1\]: .* at least 1"),
         ({"grid_sizes": [(4, 4), (2.5, 4)]}, TypeError, r"grid_sizes\[1\]: .* whole"),
         ({"grid_sizes": [(4, 4), 4]}, TypeError, r"grid_sizes\[1\]"),
-        (
-            {"cell_anchors": [CELL, CELL[:0]]},
-            ValueError,
-            r"cell_anchors\[1\]: expected at least one",
-        ),
+        ({"cell_anchors": [CELL, CELL[:0]]}, ValueError, r"cell_anchors\[1\]: .* at least one"),
         ({"cell_anchors": [CELL, CELL[:, :3]]}, ValueError, r"cell_anchors\[1\]: expected shape"),
         ({"cell_anchors": [CELL, -CELL]}, ValueError, r"cell_anchors\[1\]\[0\]: expected finite"),
-        (
-            {"cell_anchors": [CELL, [[0, 0, 1, 1]]]},
-            TypeError,
-            r"cell_anchors\[1\]: expected a tensor",
-        ),
+        ({"cell_anchors": [CELL, [[0, 0, 1, 1]]]}, TypeError, r"cell_anchors\[1\]: .* a tensor"),
     ],
 )
 def test_layouts_that_are_refused(change, error, message):
@@ -127,23 +126,6 @@ def test_layouts_that_are_refused(change, error, message):
     AnchorLayout(**parts)
     with pytest.raises(error, match=message):
         AnchorLayout(**{**parts, **change})
-
-
-def test_cell_anchors_become_floats_and_a_tuple_of_its_own():
-    cells = [CELL.int(), 2 * CELL]
-    layout = AnchorLayout(cells, [8, 16], [(2, 3)] * 2, 2)
-    cells[1] = 9 * CELL
-    assert isinstance(layout.cell_anchors, tuple)
-    assert torch.equal(torch.cat(list(layout.cell_anchors)), torch.cat([CELL, 2 * CELL]))
-    assert all(anchors.dtype == torch.float32 for anchors in layout.anchors())
-
-
-def test_a_layout_is_immutable_and_equal_to_itself_alone():
-    layout, other = (AnchorLayout([CELL] * 2, [8, 16], [(2, 3)] * 2, 2) for _ in range(2))
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        layout.num_fused_levels = 3
-    assert layout in {layout}
-    assert layout != other
 
 
 def test_from_tensors():
@@ -264,15 +246,12 @@ def test_up_to_64_cell_anchors_are_looked_for():
 
 @pytest.mark.parametrize(
     ("levels", "names"),
-    [
-        ([CELL, CELL], ("level 1", "level 0")),
-        ([CELL, 2 * CELL, torch.cat([2 * CELL, 2 * CELL])], ("level 2", "level 1")),
-    ],
+    [([CELL, CELL], (1, 0)), ([CELL, 2 * CELL, torch.cat([2 * CELL, 2 * CELL])], (2, 1))],
 )
-def test_identical_levels_are_refused(levels, names):
+def test_identical_levels_are_named(levels, names):
     layout = AnchorLayout(levels, [8] * len(levels), [(4, 4)] * len(levels), 2)
     for anchors in (layout, layout.anchors(), [a.flip(0) for a in layout.anchors()]):
-        with pytest.raises(ValueError, match=f"{names[0]} also lie on {names[1]},"):
+        with pytest.raises(ValueError, match="level {} also lie on level {},".format(*names)):
             estimate_alpha(anchors, torch.zeros(0, 4), num_fused_levels=2)
 
 
@@ -280,12 +259,11 @@ def test_levels_within_a_finer_one_are_refused_and_others_are_not():
     def layout(cells, strides, grids):
         return AnchorLayout(cells, strides, grids, 2)
 
+    both = torch.cat([2 * CELL, CELL])
     refused = {
         "coarser grid": layout([CELL, CELL], [8, 16], [(4, 4), (2, 2)]),
         "offset": layout([CELL, CELL + 8], [8, 16], [(4, 4), (1, 2)]),
-        "one of several cells": layout(
-            [torch.cat([2 * CELL, CELL]), CELL], [8, 16], [(4, 4), (2, 2)]
-        ),
+        "one of several cells": layout([both, CELL], [8, 16], [(4, 4), (2, 2)]),
         "single position": layout([CELL, CELL + 16], [8, 99], [(4, 4), (1, 1)]),
         "third level": layout([CELL, 4 * CELL, CELL], [8, 16, 32], [(4, 4), (2, 2), (1, 1)]),
     }
@@ -298,23 +276,16 @@ def test_levels_within_a_finer_one_are_refused_and_others_are_not():
         "other stride, first and third alike": layout([CELL, CELL], [8, 12], [(6, 6), (3, 3)]),
         "first row alike": layout([CELL, CELL], [8, (8, 12)], [(6, 6), (3, 3)]),
         "finer one": layout([CELL, CELL], [16, 8], [(2, 2), (4, 4)]),
-        "two of three cells": layout(
-            [CELL, torch.cat([CELL, 2 * CELL])], [8, 16], [(4, 4), (2, 2)]
-        ),
+        "one of two cells": layout([CELL, both], [8, 16], [(4, 4), (2, 2)]),
     }
-    for name, one in refused.items():
+    for name, one in {**refused, **kept}.items():
         literal = one.anchors()
         rows = [{tuple(row) for row in a.tolist()} for a in literal]
-        assert any(rows[j] <= rows[i] for j in range(len(rows)) for i in range(j)), name
+        within = any(coarse <= fine for fine, coarse in combinations(rows, 2))
+        assert within == (name in refused), name
         for anchors in (one, literal, [a.flip(0) for a in literal]):
-            with pytest.raises(ValueError, match="also lie on"):
+            with pytest.raises(ValueError, match="also lie on") if within else nullcontext():
                 estimate_alpha(anchors, torch.zeros(0, 4), num_fused_levels=2)
-    for name, one in kept.items():
-        literal = one.anchors()
-        rows = [{tuple(row) for row in a.tolist()} for a in literal]
-        assert not any(rows[j] <= rows[i] for j in range(len(rows)) for i in range(j)), name
-        for anchors in (one, literal, [a.flip(0) for a in literal]):
-            estimate_alpha(anchors, torch.zeros(0, 4), num_fused_levels=2)
 
 
 def test_irregular_anchors_are_compared_row_by_row():

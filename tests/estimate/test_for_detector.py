@@ -10,12 +10,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from torch import nn
-from torchvision.models import detection, get_model
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models import get_model
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign
 
 from alphafpn import (
     AlphaEstimate,
@@ -26,27 +23,9 @@ from alphafpn import (
 )
 from tests import oracle
 from tests.anchor_sets import seeds
-
-
-def small_backbone(out_channels=32):
-    body = nn.Sequential(*(nn.Conv2d(3, 3, 3, stride, 1) for stride in (4, 2, 2)))
-    return BackboneWithFPN(body, {"0": "0", "1": "1", "2": "2"}, [3] * 3, out_channels)
-
-
-def small_detector(kind="retinanet", sizes=(8, 16, 32, 64), **kwargs):
-    kwargs = {"min_size": 64, "max_size": 100, **kwargs}
-    ratios = (1.0,) if kind == "fcos" else (0.5, 1.0, 2.0)
-    generator = AnchorGenerator(tuple((s,) for s in sizes), (ratios,) * len(sizes))
-    if kind == "faster":
-        return detection.FasterRCNN(
-            small_backbone(),
-            2,
-            rpn_anchor_generator=generator,
-            box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 7, 2),
-            **kwargs,
-        )
-    cls = detection.FCOS if kind == "fcos" else detection.RetinaNet
-    return cls(small_backbone(), 2, anchor_generator=generator, **kwargs)
+from tests.annotation_sets import reference, write
+from tests.estimate.detectors import small_detector
+from tests.malformed import annotation, coco
 
 
 def seen_by_the_network(model, size, boxes, min_size=None):
@@ -101,7 +80,7 @@ def counted(model, dataset, min_sizes=(None,)):
 
 MODELS = {
     "retinanet": {},
-    "faster": {},
+    "faster": {"kind": "faster"},
     "several min_size": {"min_size": (48, 64, 80)},
     "fixed_size": {"fixed_size": (90, 60)},
     "tiny anchors": {"sizes": (2, 4, 6, 8)},
@@ -112,13 +91,9 @@ MODELS = {
 @given(seed=seeds)
 @pytest.mark.parametrize("name", MODELS)
 def test_counts_are_those_of_what_the_network_sees(name, seed):
-    rng = np.random.default_rng(seed)
-    kwargs = {k: v for k, v in MODELS[name].items() if k != "sizes"}
-    if name == "tiny anchors":
-        kwargs["sizes"] = MODELS[name]["sizes"]
-    model = small_detector("faster" if name == "faster" else "retinanet", **kwargs).eval()
-    dataset = draw_dataset(rng)
-    min_sizes = kwargs.get("min_size", (None,))
+    model = small_detector(**MODELS[name]).eval()
+    dataset = draw_dataset(np.random.default_rng(seed))
+    min_sizes = MODELS[name].get("min_size", (None,))
     expected = counted(model, dataset, min_sizes)
     assume(expected is not None)
     estimate = estimate_alpha_for(model, dataset)
@@ -268,52 +243,42 @@ def test_the_model_stays_as_it_is(kind, training):
     assert not called
 
 
-@pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_fpn"])
-def test_mobilenet_levels_cannot_be_told_apart(name):
+def test_mobilenet_levels_cannot_be_told_apart():
     with torch.device("meta"):
-        model = get_model(name, weights=None, weights_backbone=None)
-    with pytest.raises(
-        ValueError, match=r"the detector: .* all anchors of level 1 also lie on level 0"
-    ):
+        model = get_model("fasterrcnn_mobilenet_v3_large_fpn", weights=None, weights_backbone=None)
+    with pytest.raises(ValueError, match=r"the detector: .* of level 1 also lie on level 0"):
         estimate_alpha_for(model, draw_dataset(np.random.default_rng(0)))
 
 
 def test_crowded_images_and_what_was_left_out(tmp_path):
     model = small_detector("faster", box_detections_per_img=3)
-    image = {"height": 64, "width": 64}
-    box = {"category_id": 1, "bbox": [1, 2, 10, 12], "iscrowd": 0}
-    annotations = [{**box, "id": i, "image_id": 1 + i % 5 // 4} for i in range(10)]
-    annotations.append({**box, "id": 10, "image_id": 2, "iscrowd": 1})
-    path = tmp_path / "annotations.json"
-    data = {"images": [{**image, "id": 1}, {**image, "id": 2}], "annotations": annotations}
-    path.write_text(json.dumps(data))
+    box = [1, 2, 10, 12]
+    entries = [annotation(id=i, image_id=(7, 3)[i % 5 // 4], bbox=box) for i in range(10)]
+    entries.append(annotation(id=10, image_id=3, bbox=box, iscrowd=1))
+    path = write(tmp_path, coco(annotations=entries))
     estimate = estimate_alpha_for(model, path, clamp=None)
     assert (estimate.num_crowded, estimate.detections_per_image) == (1, 3)
     assert estimate.left_out == {"crowd": 1}
-    # As many as it may return are not too many.
-    model.roi_heads.detections_per_img = 8
-    assert estimate_alpha_for(model, path).num_crowded == 0
     assert estimate.num_clipped == 0
     assert (estimate.num_boxes, estimate.num_images) == (10, 2)
     assert estimate.clamp is None
     assert estimate_alpha_for(model, str(path), category_ids=[1]).counts == estimate.counts
+    # As many as it may return are not too many.
+    model.roi_heads.detections_per_img = 8
+    assert estimate_alpha_for(model, path).num_crowded == 0
     del model.roi_heads.detections_per_img
     estimate = estimate_alpha_for(model, path)
     assert (estimate.num_crowded, estimate.detections_per_image) == (0, None)
 
 
-def test_corners_in_a_coco_file_are_warned_of(tmp_path):
-    model = small_detector("faster")
-    image = {"id": 1, "height": 64, "width": 64}
-    box = {"category_id": 1, "image_id": 1, "bbox": [30, 40, 42, 60]}
-    path = tmp_path / "annotations.json"
-    path.write_text(json.dumps({"images": [image], "annotations": [box] * 3}))
-    estimate = estimate_alpha_for(model, path)
+def test_corners_in_a_coco_file_are_warned_of():
+    corners = annotation(image_id=3, bbox=[60, 150, 95, 199])
+    estimate = estimate_alpha_for(small_detector("faster"), coco(annotations=[corners] * 3))
     assert estimate.num_clipped == 3
     assert "100% of the boxes reach beyond their image" in estimate.summary()
 
 
-def test_mistakes_are_named(tmp_path):
+def test_mistakes_are_named():
     dataset = draw_dataset(np.random.default_rng(0))
     for model in (None, nn.Linear(2, 2), "retinanet_resnet50_fpn"):
         with pytest.raises(TypeError, match="model: expected"):
@@ -346,12 +311,12 @@ def first_images(path, count, boxes_per_image):
     data = json.loads(path.read_text())
     images = data["images"][:count]
     kept = {image["id"]: [] for image in images}
-    for annotation in data["annotations"]:
-        boxes = kept.get(annotation["image_id"])
-        if boxes is not None and not annotation.get("ignore") and len(boxes) < boxes_per_image:
-            boxes.append(annotation)
-    annotations = [annotation for boxes in kept.values() for annotation in boxes]
-    return {"images": images, "annotations": annotations, "categories": data["categories"]}
+    for entry in data["annotations"]:
+        boxes = kept.get(entry["image_id"])
+        if boxes is not None and not entry.get("ignore") and len(boxes) < boxes_per_image:
+            boxes.append(entry)
+    entries = [entry for boxes in kept.values() for entry in boxes]
+    return {**data, "images": images, "annotations": entries}
 
 
 @pytest.mark.parametrize(
@@ -361,30 +326,19 @@ def first_images(path, count, boxes_per_image):
         ("tinyperson_native_boxes.json", "retinanet_resnet50_fpn_v2"),
     ],
 )
-def test_real_boxes_equal_brute_force(tmp_path, data_file, file, name):
+def test_real_boxes_equal_brute_force(data_file, file, name):
     data = first_images(data_file(file), 100, 6)
-    path = tmp_path / "subset.json"
-    path.write_text(json.dumps(data))
     with torch.device("meta"):
         model = get_model(name, weights=None, weights_backbone=None).eval()
-    estimate = estimate_alpha_for(model, path)
-    per_image = {image["id"]: [] for image in data["images"]}
-    for annotation in data["annotations"]:
-        x, y, w, h = annotation["bbox"]
-        per_image[annotation["image_id"]].append([x, y, x + w, y + h])
+    estimate = estimate_alpha_for(model, data)
     counts, unclear, layouts = [0] * len(estimate.counts), 0, {}
-    for image in data["images"]:
-        size = image["height"], image["width"]
-        boxes = torch.tensor(per_image[image["id"]]).reshape(-1, 4).clamp(min=0)
-        boxes = torch.minimum(boxes, torch.tensor([size[1], size[0]] * 2))
-        boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
+    for size, boxes in reference(data):
         fake = torch.empty(3, *size, device="meta")
         images, (target,) = model.transform([fake], [{"boxes": boxes}])
         if size not in layouts:
-            layouts[size] = AnchorLayout.from_detector(model, size).anchors()
-            maps = [
-                torch.empty(1, 1, *g) for g in AnchorLayout.from_detector(model, size).grid_sizes
-            ]
+            layout = AnchorLayout.from_detector(model, size)
+            layouts[size] = layout.anchors()
+            maps = [torch.empty(1, 1, *grid) for grid in layout.grid_sizes]
             generator = getattr(model, "rpn", model).anchor_generator
             (anchors,) = generator(ImageList(images.tensors, images.image_sizes), maps)
             assert torch.equal(torch.cat(layouts[size]), anchors)

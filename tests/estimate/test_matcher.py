@@ -5,11 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.ops import box_iou
 
 from alphafpn import AnchorLayout
 from alphafpn.estimate import matcher, search
 from alphafpn.estimate.matcher import GridMatcher
-from alphafpn.estimate.search import SearchMatcher
+from alphafpn.estimate.search import SearchMatcher, pair_iou
 from tests import oracle
 from tests.anchor_sets import (
     FASTER,
@@ -99,41 +100,26 @@ def test_boxes_halfway_between_far_cells():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_box_is_matched_alike_alone_and_in_any_block(monkeypatch, device):
+@pytest.mark.parametrize("kind", ["torchvision", "legacy", "scattered", "one shape"])
+def test_a_box_is_matched_alike_alone_and_in_any_block(monkeypatch, device, kind):
     rng = np.random.default_rng(1)
-    for kind in ("torchvision", "legacy", "scattered"):
-        layout = draw_layout(rng, kind)
-        boxes = torch.cat([draw_boxes(rng, layout, 300), torch.tensor([[1e6, 0, 1e6 + 9, 9]])])
-        one = grid_matcher(layout, device=torch.device(device))
-        boxes = boxes.to(device)
-        level, iou = one.match(boxes)
-        alone = [one.match(box[None]) for box in boxes]
-        assert torch.equal(torch.cat([found[0] for found in alone]), level)
-        assert torch.equal(torch.cat([found[1] for found in alone]), iou)
-        with monkeypatch.context() as patch:
-            for name in ("CPU_BLOCK", "OTHER_BLOCK"):
-                patch.setattr(matcher, name, 7)
-            blocks = one.match(boxes)
-        assert torch.equal(blocks[0], level)
-        assert torch.equal(blocks[1], iou)
+    layout = draw_layout(rng, kind)
+    boxes = torch.cat([draw_boxes(rng, layout, 200), torch.tensor([[1e6, 0, 1e6 + 9, 9]])])
+    boxes, device = boxes.to(device), torch.device(device)
 
+    def found(boxes):
+        searched = SearchMatcher(layout.anchors(), torch.float32, device)
+        return *grid_matcher(layout, device=device).match(boxes), *searched.match(boxes)
 
-def test_small_blocks_of_pairs_change_nothing(monkeypatch):
-    rng = np.random.default_rng(2)
-    for kind in ("one shape", "legacy", "scattered"):
-        layout = draw_layout(rng, kind)
-        boxes = draw_boxes(rng, layout, 200)
-        found = grid_matcher(layout).match(boxes)
-        searched = SearchMatcher(layout.anchors(), torch.float32, CPU).match(boxes)
-        with monkeypatch.context() as patch:
-            patch.setattr(matcher, "PAIRS", 50)
-            patch.setattr(search, "PAIRS", 50)
-            patch.setattr(search, "SEARCH_ROWS", 3)
-            again = grid_matcher(layout).match(boxes)
-            searched_again = SearchMatcher(layout.anchors(), torch.float32, CPU).match(boxes)
-        for a, b in ((found, again), (searched, searched_again)):
-            assert torch.equal(a[0], b[0])
-            assert torch.equal(a[1], b[1])
+    expected = found(boxes)
+    alone = map(torch.cat, zip(*(found(box[None]) for box in boxes), strict=True))
+    assert all(map(torch.equal, alone, expected))
+    for module, name, value in (
+        (matcher, "CPU_BLOCK", 7), (matcher, "OTHER_BLOCK", 7), (matcher, "PAIRS", 50),
+        (search, "PAIRS", 50), (search, "SEARCH_ROWS", 3),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    assert all(map(torch.equal, found(boxes), expected))
 
 
 @settings(max_examples=25, deadline=None)
@@ -266,3 +252,56 @@ def test_a_gpu_finds_what_the_cpu_finds():
         found = gpu.match(boxes.cuda())
         assert torch.equal(found[0].cpu(), level)
         assert torch.equal(found[1].cpu(), iou)
+
+
+# Any anchors
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, kind=kinds)
+def test_search_matcher_equals_brute_force(seed, kind):
+    rng = np.random.default_rng(seed)
+    layout = draw_layout(rng, kind)
+    levels = [torch.tensor(rng.normal(a, 0.5), dtype=torch.float32) for a in layout.anchors()]
+    levels = [torch.cat([a[:, :2], a[:, :2] + (a[:, 2:] - a[:, :2]).abs()], 1) for a in levels]
+    boxes = draw_boxes(rng, layout, 70)
+    found = SearchMatcher(levels, torch.float32, CPU).match(boxes)
+    for g, ious in enumerate(oracle.level_ious(levels, boxes)):
+        assert found[0][g] == oracle.best_level(ious)
+        assert found[1][g] == torch.tensor(ious).max()
+
+
+@given(seeds)
+@settings(max_examples=30, deadline=None)
+def test_pair_iou_equals_box_iou_in_every_bit(seed):
+    rng = np.random.default_rng(seed)
+    corners = rng.normal(0, 30, (2, 25, 2))
+    for types in ((torch.float32,) * 2, (torch.float64,) * 2, (torch.float32, torch.float64)):
+        boxes, anchors = (
+            torch.tensor(np.concatenate([c, c + rng.exponential(20, c.shape)], 1), dtype=t)
+            for c, t in zip(corners, types, strict=True)
+        )
+        found = pair_iou(boxes[:, :, None].unbind(1), anchors.unbind(1))
+        assert torch.equal(found, box_iou(boxes, anchors))
+
+
+def test_the_search_holds_few_pairs_at_once(monkeypatch):
+    # Many anchors and many boxes: no more pairs are evaluated at once than the constant says.
+    sizes = []
+
+    def spy(boxes, anchors):
+        sizes.append(boxes[0].numel() * anchors[0].numel())
+        return torch.zeros(boxes[0].shape[0], anchors[0].shape[-1])
+
+    monkeypatch.setattr(search, "pair_iou", spy)
+    levels = [torch.rand(1_000_000, 4), torch.rand(3, 4)]
+    SearchMatcher(levels, torch.float32, CPU).match(torch.rand(70, 4))
+    assert max(sizes) <= search.PAIRS
+    assert sum(sizes) == 70 * 1_000_003
+
+
+def test_other_devices_take_half_a_gibibyte_at_once():
+    one = SearchMatcher([torch.rand(3, 4)], torch.float32, torch.device("meta"))
+    # About eight temporaries of four bytes for each pair.
+    assert one.pairs * 8 * 4 == 2**29
+    assert one.rows == 512

@@ -20,7 +20,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from alphafpn import AnchorLayout
 from alphafpn.estimate.probe import DetectorProbe
 from tests.anchor_sets import cell_anchors, seeds
-from tests.pyramids import make_retinanet
+from tests.estimate.detectors import small_backbone, small_detector
 
 BUILDERS = [name for name in list_models(module=detection) if "_fpn" in name]
 
@@ -49,30 +49,23 @@ def placed(model, layout, image_size):
     return getattr(model, "rpn", model).anchor_generator(images, maps)[0]
 
 
-def small_backbone(extra=None, *, cls=BackboneWithFPN, out_channels=8):
-    body = nn.Sequential(*(nn.Conv2d(3, 3, 3, stride, 1) for stride in (4, 2, 2)))
-    return cls(body, {"0": "0", "1": "1", "2": "2"}, [3] * 3, out_channels, extra)
-
-
-def small_retinanet(backbone=None, levels=3, **kwargs):
-    backbone = small_backbone() if backbone is None else backbone
-    generator = AnchorGenerator(tuple((8 * 2**i,) for i in range(levels)), ((0.5, 1.0),) * levels)
-    kwargs = {"min_size": 64, "max_size": 100, "detections_per_img": 7, **kwargs}
-    return detection.RetinaNet(backbone, 2, anchor_generator=generator, **kwargs).eval()
+def small_retinanet(backbone=None, levels=4, **kwargs):
+    sizes = [8 * 2**i for i in range(levels)]
+    return small_detector(sizes=sizes, backbone=backbone, **kwargs).eval()
 
 
 # What the layout of a detector is
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "fasterrcnn_resnet50_fpn_v2",
-        "fasterrcnn_mobilenet_v3_large_320_fpn",
-        "fcos_resnet50_fpn",
-        "retinanet_resnet50_fpn_v2",
-    ],
+RUNNING = (
+    "fasterrcnn_resnet50",
+    "fasterrcnn_mobilenet_v3_large_320",
+    "fcos_resnet50",
+    "retinanet_",
 )
+
+
+@pytest.mark.parametrize("name", [n for n in BUILDERS if n.startswith(RUNNING)])
 def test_layouts_are_those_of_running_detectors(name):
     model = build(name, min_size=64, max_size=160)
     for size in ((64, 64), (37, 91), (150, 31)):
@@ -109,7 +102,7 @@ def test_p6_strides_are_what_torchvision_divides():
 
 @pytest.mark.parametrize(
     ("extra", "levels"),
-    [(None, 3), (LastLevelMaxPool(), 4), (LastLevelP6P7(3, 8), 5), (LastLevelP6P7(8, 8), 5)],
+    [(None, 3), (LastLevelMaxPool(), 4), (LastLevelP6P7(3, 32), 5), (LastLevelP6P7(32, 32), 5)],
     ids=["no extra", "pool", "p6p7 on c5", "p6p7 on p5"],
 )
 def test_custom_backbones(extra, levels):
@@ -156,7 +149,7 @@ class Unregistered(BackboneWithFPN):
 
 
 def test_a_backbone_that_treats_rows_and_columns_differently():
-    model = small_retinanet(small_backbone(cls=Oblong), 4, min_size=64, max_size=160)
+    model = small_retinanet(small_backbone(cls=Oblong), min_size=64, max_size=160)
     sizes = ((64, 64), (64, 96), (160, 96), (96, 160))
     for some in (sizes, sizes[::-1]):
         view = DetectorProbe(model)
@@ -174,7 +167,7 @@ def test_a_backbone_with_a_single_map_is_of_one_level_and_refused():
 
 @pytest.mark.parametrize("cls", [LooksAtValues, Unregistered])
 def test_backbones_that_meta_tensors_are_hard_on(cls):
-    model = small_retinanet(small_backbone(cls=cls), 4)
+    model = small_retinanet(small_backbone(cls=cls))
     layout = AnchorLayout.from_detector(model, (64, 96))
     assert torch.equal(torch.cat(layout.anchors()), placed(model, layout, (64, 96)))
     assert layout.grid_sizes[0] == (16, 24)
@@ -185,7 +178,7 @@ def test_a_backbone_that_fails_fails_with_its_own_error():
         def forward(self, x):
             raise KeyError("no such stage")
 
-    model = small_retinanet(small_backbone(cls=Broken), 4)
+    model = small_retinanet(small_backbone(cls=Broken))
     with pytest.raises(KeyError, match="no such stage"):
         AnchorLayout.from_detector(model, (64, 64))
 
@@ -201,7 +194,7 @@ def test_hooks_are_not_called():
         def __call__(self, *_):
             raise AssertionError("called")
 
-    model = small_retinanet(levels=4)
+    model = small_retinanet()
     for module in (model.backbone, model.backbone.fpn, model.backbone.body["0"], model.transform):
         module.register_forward_hook(hook)
         module.register_forward_pre_hook(hook)
@@ -211,7 +204,7 @@ def test_hooks_are_not_called():
 
 
 def test_one_probe_for_each_length():
-    view = DetectorProbe(small_retinanet(levels=4))
+    view = DetectorProbe(small_retinanet())
     probed = []
     view.detector.backbone.register_forward_pre_hook(
         lambda module, args: probed.append(tuple(args[0].shape[2:]))
@@ -224,20 +217,20 @@ def test_one_probe_for_each_length():
 
 
 def test_shapes_come_without_data():
-    view = DetectorProbe(small_retinanet(levels=4))
+    view = DetectorProbe(small_retinanet())
     assert all(tensor.is_meta for tensor in view.detector.state_dict().values())
     # Nor do those of a backbone with tensors that it has not registered.
-    view = DetectorProbe(small_retinanet(small_backbone(cls=Unregistered), 4))
+    view = DetectorProbe(small_retinanet(small_backbone(cls=Unregistered)))
     view.feature_maps((64, 64))
     assert view.detector.backbone.mean.is_meta
 
 
 def test_wrapped_detectors():
-    model = small_retinanet(levels=4)
+    model = small_retinanet()
     expected = AnchorLayout.from_detector(model, (70, 90)).anchors()
     # No wrapper, though it has a part of that name.
     model.module = nn.Identity()
-    compiled_backbone = small_retinanet(levels=4)
+    compiled_backbone = small_retinanet()
     compiled_backbone.backbone = torch.compile(compiled_backbone.backbone)
     for wrapped in (
         torch.compile(model),
@@ -247,15 +240,13 @@ def test_wrapped_detectors():
     ):
         found = AnchorLayout.from_detector(wrapped, (70, 90)).anchors()
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    generator = AnchorGenerator(((8,), (16,), (32,), (64,)), ((1.0,),) * 4)
-    fcos = detection.FCOS(small_backbone(out_channels=32), 2, anchor_generator=generator)
-    assert DetectorProbe(torch.compile(fcos)).is_fcos
+    assert DetectorProbe(torch.compile(small_detector("fcos"))).is_fcos
 
 
 def test_half_precision_and_cell_anchors_of_ones_own():
-    model = small_retinanet(levels=4).half()
+    model = small_retinanet().half()
     model.anchor_generator.cell_anchors = [
-        cell_anchors([(6.2, 12.4), (9.1, 3.3)], [(s / 2, s / 2)] * 2, torch.float64)
+        cell_anchors([(6.2, 12.4), (9.1, 3.3), (7, 5)], [(s / 2, s / 2)] * 3, torch.float64)
         for s in (4, 8, 16, 32)
     ]
     layout = AnchorLayout.from_detector(model, (64, 64))
@@ -284,7 +275,7 @@ def transforms_own(transform, size, min_size):
 
 @pytest.fixture(scope="module")
 def stock_view():
-    return DetectorProbe(small_retinanet(levels=4))
+    return DetectorProbe(small_retinanet())
 
 
 @settings(max_examples=30, deadline=None)
@@ -315,10 +306,10 @@ def test_the_resize_is_the_transforms_own(stock_view, seed, min_sizes, max_size,
 
 @pytest.mark.parametrize("training", [True, False])
 def test_fixed_sizes_and_skipped_resizes(training):
-    fixed = small_retinanet(levels=4, min_size=(40, 64), fixed_size=(96, 60)).train(training)
+    fixed = small_retinanet(min_size=(40, 64), fixed_size=(96, 60)).train(training)
     assert DetectorProbe(fixed).resize.min_sizes == (None,)
     assert DetectorProbe(fixed).resize.frame((10, 300)) == ((60, 96), (64, 96))
-    skipping = small_retinanet(levels=4, _skip_resize=True).train(training)
+    skipping = small_retinanet(_skip_resize=True).train(training)
     expected = ((50, 70), (64, 96)) if training else ((64, 89), (64, 96))
     assert DetectorProbe(skipping).resize.frame((50, 70)) == expected
     assert DetectorProbe(skipping).resize.min_sizes == ((None,) if training else (64,))
@@ -329,14 +320,9 @@ def test_fixed_sizes_and_skipped_resizes(training):
 
 
 def test_several_min_sizes():
-    model = small_retinanet(levels=4, min_size=(40, 64, 56)).train()
-    view = DetectorProbe(model)
+    view = DetectorProbe(small_retinanet(min_size=(40, 64, 56)).train())
     assert view.resize.min_sizes == (40, 64, 56)
-    assert framed(view, (50, 50)) == [
-        ((40, 40), (64, 64)),
-        ((64, 64), (64, 64)),
-        ((56, 56), (64, 64)),
-    ]
+    assert framed(view, (50, 50)) == [((side, side), (64, 64)) for side in (40, 64, 56)]
     # Evaluation takes the last.
     assert view.resize.frame((50, 50)) == view.resize.frame((50, 50), 56)
 
@@ -370,23 +356,23 @@ class Other(nn.Module):
         return result
 
 
-@pytest.mark.parametrize(
-    ("cls", "expected"),
-    [
-        (NoResize, [((50, 70), (64, 96))]),
-        (Snapped, [((96, 96), (96, 96))]),
-        (Square, [((40, 56), (56, 56)), ((64, 89), (89, 89))]),
-    ],
-)
+OWN_TRANSFORMS = {
+    NoResize: [((50, 70), (64, 96))],
+    Snapped: [((96, 96), (96, 96))],
+    Square: [((40, 56), (56, 56)), ((64, 89), (89, 89))],
+}
+
+
+@pytest.mark.parametrize("cls", OWN_TRANSFORMS)
 @pytest.mark.parametrize("training", [True, False])
-def test_transforms_of_ones_own(cls, expected, training):
-    model = small_retinanet(levels=4)
+def test_transforms_of_ones_own(cls, training):
+    model = small_retinanet()
     model.transform = cls((40, 64), 100, [0.5] * 3, [0.5] * 3)
     model.train(training)
     torch.manual_seed(0)
     state = torch.get_rng_state()
     view = DetectorProbe(model)
-    assert framed(view, (50, 70)) == expected
+    assert framed(view, (50, 70)) == OWN_TRANSFORMS[cls]
     layout = AnchorLayout.from_detector(model, (50, 70))
     assert torch.equal(torch.get_rng_state(), state)
     assert model.transform.min_size == (40, 64)
@@ -395,7 +381,7 @@ def test_transforms_of_ones_own(cls, expected, training):
 
 
 def test_a_resize_replaced_on_the_instance_and_another_class():
-    model = small_retinanet(levels=4)
+    model = small_retinanet()
     model.transform.resize = types.MethodType(lambda _, image, target: (image, target), 1)
     assert framed(DetectorProbe(model), (50, 70)) == [((50, 70), (64, 96))]
     model.transform = Other()
@@ -416,29 +402,26 @@ def test_a_resize_replaced_on_the_instance_and_another_class():
 )
 def test_image_sizes_that_are_refused(size, error, message):
     with pytest.raises(error, match=message):
-        AnchorLayout.from_detector(small_retinanet(levels=4), size)
+        AnchorLayout.from_detector(small_retinanet(), size)
 
 
 def test_an_image_may_be_one_pixel_high():
-    assert DetectorProbe(small_retinanet(levels=4)).resize.frame((1, 100)) == (
-        (1, 100),
-        (32, 128),
-    )
+    assert DetectorProbe(small_retinanet()).resize.frame((1, 100)) == ((1, 100), (32, 128))
 
 
 def test_models_that_are_refused():
     with torch.device("meta"):
         ssd = detection.ssd300_vgg16(weights=None, weights_backbone=None)
-    no_fpn = small_retinanet(levels=4)
+    no_fpn = small_retinanet()
     no_fpn.backbone.fpn = nn.Identity()
 
     class Shifted(AnchorGenerator):
         def grid_anchors(self, grid_sizes, strides):
             return [a + 1 for a in super().grid_anchors(grid_sizes, strides)]
 
-    shifted = small_retinanet(levels=4)
+    shifted = small_retinanet()
     shifted.anchor_generator = Shifted()
-    patched = small_retinanet(levels=4)
+    patched = small_retinanet()
     patched.anchor_generator.forward = lambda *_: []
     transform_only, backbone_only = nn.Module(), nn.Module()
     transform_only.transform, backbone_only.backbone = shifted.transform, shifted.backbone
@@ -460,9 +443,3 @@ def test_models_that_are_refused():
     wrong = small_retinanet(levels=3)
     with pytest.raises(ValueError, match=r"4 feature maps \['0', '1', '2', 'pool'\], found 3"):
         AnchorLayout.from_detector(wrong, (64, 64))
-
-
-def test_the_small_retinanet_of_other_tests():
-    model = make_retinanet()
-    layout = AnchorLayout.from_detector(model, (50, 64))
-    assert torch.equal(torch.cat(layout.anchors()), generated(model.eval(), (50, 64)))

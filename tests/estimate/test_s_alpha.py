@@ -4,7 +4,6 @@ import functools
 import gzip
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,6 @@ from tests.anchor_sets import (
     FASTER,
     RETINA,
     STRIDES,
-    cell_anchors,
     draw,
     draw_boxes,
     draw_layout,
@@ -171,23 +169,20 @@ def test_blocks_orders_and_shards_give_the_same_estimate(seed, kind, block):
     assert shards[0].merge(shards[1]) == shards[1].merge(shards[0]) == whole
 
 
-def test_boxes_without_images_and_images_without_boxes():
+NONE = torch.zeros(0, 4)
+
+
+@pytest.mark.parametrize(
+    ("images", "num_images"),
+    [([], 0), ([NONE], 1), (NONE, 1), (torch.tensor([]), 1), ([NONE, NONE[:, 0], NONE.T[:1]], 3)],
+)
+def test_boxes_without_images_and_images_without_boxes(images, num_images):
     layout = legacy_layout(FASTER, (64, 96))
-    none = torch.zeros(0, 4)
-    for images, num_images in (
-        ([], 0),
-        ([none], 1),
-        (none, 1),
-        (torch.tensor([]), 1),
-        ([none, torch.tensor([]), torch.zeros(1, 0)], 3),
-    ):
-        for anchors in (layout, layout.anchors(), [torch.rand(99, 4).cumsum(1)] * 5):
-            if isinstance(anchors, list) and anchors[0] is anchors[1]:
-                anchors = [a + i for i, a in enumerate(anchors)]
-            estimate = estimate_alpha(anchors, images)
-            assert estimate.counts == (0,) * 5
-            assert estimate.alpha == (1.0,) * 3
-            assert (estimate.num_images, estimate.num_boxes) == (num_images, 0)
+    for anchors in (layout, layout.anchors(), [torch.rand(99, 4).cumsum(1) + i for i in range(5)]):
+        estimate = estimate_alpha(anchors, images)
+        assert estimate.counts == (0,) * 5
+        assert estimate.alpha == (1.0,) * 3
+        assert (estimate.num_images, estimate.num_boxes) == (num_images, 0)
 
 
 def test_box_types_are_mixed_without_loss():
@@ -195,9 +190,8 @@ def test_box_types_are_mixed_without_loss():
     boxes = draw_boxes(np.random.default_rng(0), layout, 50)
     whole = boxes.round()
     expected = estimate_alpha(layout, [whole, boxes])
-    assert estimate_alpha(layout, [whole.int(), boxes]).counts == expected.counts
-    assert estimate_alpha(layout, [whole.half(), boxes]).counts == expected.counts
-    assert estimate_alpha(layout, [whole.double(), boxes]).counts == expected.counts
+    for other in (whole.int(), whole.half(), whole.double()):
+        assert estimate_alpha(layout, [other, boxes]).counts == expected.counts
     wanting = [whole.clone().requires_grad_(), boxes.clone().requires_grad_()]
     assert estimate_alpha(layout, wanting) == expected
     assert estimate_alpha(layout, wanting[1]).counts == estimate_alpha(layout, boxes).counts
@@ -221,7 +215,10 @@ def test_torchvisions_anchors_split_by_level():
     maps = [torch.zeros(2, 1, 64 // s, 96 // s) for s in (4, 8, 16)]
     per_image = generator(ImageList(torch.zeros(2, 3, 64, 96), [(64, 96), (50, 70)]), maps)
     levels = [list(a.split([m.shape[2] * m.shape[3] * 3 for m in maps])) for a in per_image]
-    images = [draw_boxes(np.random.default_rng(i), from_levels(levels[0]), 30) for i in range(2)]
+    images = [
+        draw_boxes(np.random.default_rng(i), AnchorLayout.from_tensors(levels[0]), 30)
+        for i in range(2)
+    ]
     estimate = estimate_alpha(levels, images)
     assert_equals_algorithm_1(estimate, levels, images)
     assert estimate.level_names == ("P2", "P3", "P4")
@@ -231,30 +228,12 @@ def test_torchvisions_anchors_split_by_level():
         estimate_alpha(per_image, images)
 
 
-def from_levels(levels):
-    return AnchorLayout.from_tensors(levels)
-
-
-def test_large_images():
-    # 20,000 pixels: the corners of non-integer anchors are rounded to 0.002 pixels.
-    rng = np.random.default_rng(0)
-    layout = legacy_layout(FASTER, (64, 20_000))
-    near = [anchors[anchors[:, 0] > 19_000] for anchors in layout.anchors()]
-    centre = np.stack([rng.uniform(19_300, 19_980, 300), rng.uniform(0, 64, 300)], axis=1)
-    side = np.exp(rng.normal(2.5, 0.6, (300, 2)))
-    boxes = torch.tensor(np.concatenate([centre - side / 2, centre + side / 2], 1)).float()
-    (boxes,) = clear_only([near], [boxes])
-    assert_equals_algorithm_1(estimate_alpha(layout, boxes), [near], [boxes])
-    assert_equals_algorithm_1(estimate_alpha(layout.anchors(), boxes), [near], [boxes])
-
-
 def test_the_searched_and_the_fast_path_agree():
     rng = np.random.default_rng(0)
     layout = legacy_layout(RETINA, (64, 96))
     images = split(draw_boxes(rng, layout, 200), rng)
-    levels = layout.anchors()
-    shuffled = [a[torch.randperm(len(a))] for a in levels]
-    fast, searched = estimate_alpha(levels, images), estimate_alpha(shuffled, images)
+    shuffled = [a[torch.randperm(len(a))] for a in layout.anchors()]
+    fast, searched = estimate_alpha(layout, images), estimate_alpha(shuffled, images)
     assert (fast.counts, fast.moments) == (searched.counts, searched.moments)
     assert searched.level_names == tuple(f"level {i}" for i in range(5))
     assert (searched.strides, searched.anchors_per_cell) == ((), ())
@@ -284,15 +263,6 @@ def test_bounding_boxes_in_other_formats_are_converted():
             assert (estimate.counts, estimate.num_boxes) == (expected.counts, 50)
 
 
-def test_two_threads_that_estimate_at_once_stay_right():
-    layout = legacy_layout(FASTER, (64, 96))
-    images = [draw_boxes(np.random.default_rng(i), layout, 3000) for i in range(4)]
-    expected = [estimate_alpha(layout, boxes) for boxes in images]
-    with ThreadPoolExecutor(4) as pool:
-        for _ in range(3):
-            assert list(pool.map(lambda boxes: estimate_alpha(layout, boxes), images)) == expected
-
-
 def test_a_device_without_float64_counts_on_the_cpu(monkeypatch):
     # No such device is at hand: boxes on "meta" stand for it, and the copy is what counts.
     moved = []
@@ -308,7 +278,7 @@ def test_a_device_without_float64_counts_on_the_cpu(monkeypatch):
     boxes = torch.ones(5, 4).as_subclass(OnMps)
     monkeypatch.setattr(s_alpha, "check_boxes", lambda boxes, where: boxes)
     assert estimate_alpha(LAYOUT, [boxes, boxes]).num_boxes == 10
-    assert moved == [5, 5]
+    assert moved == [10]
 
 
 # What an estimate describes
@@ -452,6 +422,7 @@ def test_golden_boxes_equal_brute_force(name):
 LAYOUT = AnchorLayout([CELL, 2 * CELL], [8, 16], [(4, 4), (2, 2)], 2)
 BOX = torch.tensor([[0.0, 0, 8, 8]])
 NAN = torch.tensor([[0.0, 0, 8, 8], [0, 0, math.nan, 8]])
+THREE_LEVELS = [CELL, 2 * CELL, 4 * CELL]
 
 
 @pytest.mark.parametrize(
@@ -460,27 +431,14 @@ NAN = torch.tensor([[0.0, 0, 8, 8], [0, 0, math.nan, 8]])
         (LAYOUT, None, TypeError, "gt_boxes: .* found NoneType"),
         (LAYOUT, "boxes", TypeError, "gt_boxes: .* found str"),
         (LAYOUT, {"boxes": BOX}, TypeError, "gt_boxes: .* found dict"),
-        (
-            LAYOUT,
-            [BOX, [[0, 0, 8, 8]]],
-            TypeError,
-            r"gt_boxes\[1\]: expected a tensor .* found list",
-        ),
-        (LAYOUT, [BOX, BOX.numpy()], TypeError, r"gt_boxes\[1\]: .* found ndarray"),
-        (LAYOUT, [BOX, BOX > 0], TypeError, r"gt_boxes\[1\]: expected real numbers"),
+        (LAYOUT, [BOX, [[0, 0, 8, 8]]], TypeError, r"gt_boxes\[1\]: .* tensor .* found list"),
         (LAYOUT, [BOX, BOX[0]], ValueError, r"gt_boxes\[1\]: expected shape .* found \[4\]"),
         (LAYOUT, BOX[:, :3], ValueError, r"gt_boxes: expected shape .* found \[1, 3\]"),
         (LAYOUT, NAN, ValueError, r"gt_boxes\[1\]: expected finite .*nan"),
         (LAYOUT, [BOX, BOX, NAN], ValueError, r"gt_boxes\[2\]\[1\]: expected finite .*nan"),
-        (LAYOUT, [BOX, -BOX], ValueError, r"gt_boxes\[1\]\[0\]: expected finite x1 <= x2"),
-        (
-            LAYOUT,
-            [BOX, BOX.to("meta")],
-            ValueError,
-            "gt_boxes: expected one device, found .*'meta'",
-        ),
+        (LAYOUT, [BOX, BOX.to("meta")], ValueError, "gt_boxes: .* one device, found .*'meta'"),
         (None, BOX, TypeError, "anchors: .* found NoneType"),
-        ([], BOX, TypeError, "anchors: .* found an empty list"),
+        ([], BOX, TypeError, r"anchors: .* found list \[\]"),
         (torch.zeros(9, 4), BOX, TypeError, "anchors: .* found Tensor"),
         ({"0": CELL}, BOX, TypeError, "anchors: .* found dict"),
         (nn.Linear(1, 1), BOX, TypeError, "found Linear; estimate_alpha_for takes a detector"),
@@ -490,14 +448,8 @@ NAN = torch.tensor([[0.0, 0, 8, 8], [0, 0, math.nan, 8]])
         ([LAYOUT, "P2"], [BOX, BOX], TypeError, r"anchors\[1\]: .* found str"),
         ([LAYOUT, CELL], [BOX, BOX], TypeError, r"anchors\[1\]: .* found Tensor"),
         ([LAYOUT, [CELL, None]], [BOX] * 2, TypeError, r"anchors\[1\]\[1\]: expected a tensor"),
-        (
-            [LAYOUT, [CELL, 2 * CELL, 4 * CELL]],
-            [BOX] * 2,
-            ValueError,
-            r"anchors\[1\]: expected 2 levels",
-        ),
+        ([LAYOUT, THREE_LEVELS], [BOX] * 2, ValueError, r"anchors\[1\]: expected 2 levels"),
         ([CELL, CELL[:0]], BOX, ValueError, r"anchors\[1\]: expected at least one anchor"),
-        ([CELL, CELL[:, :2]], BOX, ValueError, r"anchors\[1\]: expected shape"),
         ([CELL, NAN], BOX, ValueError, r"anchors\[1\]\[1\]: expected finite"),
         ([CELL], BOX, ValueError, "one tensor per image, not per level"),
     ],
@@ -519,23 +471,6 @@ def test_a_mistake_is_named_wherever_it_is(monkeypatch):
                 estimate_alpha(anchors, broken)
     with pytest.raises(ValueError, match=r"^gt_boxes\[8\]: expected finite"):
         estimate_alpha(LAYOUT, torch.cat([images[0], images[2], NAN]))
-
-
-@pytest.mark.parametrize(
-    ("clamp", "error"),
-    [
-        (2.0, TypeError),
-        ("ab", TypeError),
-        ((1, 2, 3), TypeError),
-        ((2.0, 0.2), ValueError),
-        ((-1.0, 2.0), ValueError),
-        ((0.2, math.inf), ValueError),
-        ((math.nan, 2.0), ValueError),
-    ],
-)
-def test_clamps_that_are_refused(clamp, error):
-    with pytest.raises(error, match="clamp: "):
-        estimate_alpha(LAYOUT, BOX, clamp=clamp)
 
 
 # Size
@@ -593,11 +528,3 @@ def test_a_default_device_or_type_changes_nothing(device):
         assert estimate_alpha(anchors, images) == expected
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def test_cells_of_one_shape_with_different_centres():
-    cells = cell_anchors([(16, 16)] * 3, [(0, 0), (5.3, 0), (2.2, 6.1)])
-    layout = AnchorLayout([cells, 2 * cells], [8, 16], [(5, 6), (2, 3)], 2)
-    boxes = draw_boxes(np.random.default_rng(0), layout, 200)
-    (boxes,) = clear_only([layout.anchors()], [boxes])
-    assert_equals_algorithm_1(estimate_alpha(layout, boxes), [layout.anchors()], [boxes])
