@@ -4,6 +4,8 @@ import contextlib
 import inspect
 import json
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -358,3 +360,31 @@ def test_defaults_are_the_same_everywhere(function):
     parameters = inspect.signature(function).parameters
     assert parameters["clamp"].default == AlphaEstimate.clamp == (0.2, 2.0)
     assert "progress" not in parameters or parameters["progress"].default is False
+
+
+def test_threads_estimate_while_another_one_trains():
+    model = small_detector()
+    datasets = [draw_dataset(np.random.default_rng(i)) for i in range(4)]
+    expected = [estimate_alpha_for(model, dataset) for dataset in datasets]
+    image = torch.rand(3, 64, 64)
+    target = {"boxes": torch.tensor([[3.0, 4, 17, 21]]), "labels": torch.tensor([1])}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    done = threading.Event()
+
+    def train():
+        steps = 0
+        while not done.is_set() or not steps:
+            losses = model([image], [target])
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+            steps += 1
+        return all(p.isfinite().all() and p.device.type == "cpu" for p in model.parameters())
+
+    with ThreadPoolExecutor(5) as pool:
+        training = pool.submit(train)
+        for _ in range(3):
+            found = list(pool.map(lambda dataset: estimate_alpha_for(model, dataset), datasets))
+            assert found == expected
+        done.set()
+        assert training.result(timeout=60)
