@@ -212,18 +212,22 @@ def _read_strictly(file: BinaryIO) -> CocoColumns:
         start = _START.search(head, searched)
     first = _decode_coco(head[: start.start()] + b'"annotations":[]}')
     pieces = []
-    rest = bytes(head[start.end() :])
+    rest = bytearray(b"[") + head[start.end() :]
     while block := file.read(_BLOCK):
         rest += block
         end, next_start = _last_cut(rest)
         if not end:
             continue
+        comma, rest[end] = rest[end], ord("]")
         try:
-            pieces.append(_columns(_decode_annotations(b"[%b]" % rest[:end])))
-            rest = rest[next_start:]
+            with memoryview(rest) as view, view[: end + 1] as piece:
+                pieces.append(_columns(_decode_annotations(piece)))
         except msgspec.MsgspecError:  # cut elsewhere: behind the annotations, or in one
+            rest[end] = comma
             rest += file.read()
-    last = _decode_coco(b'{"annotations":[' + rest)
+        else:
+            rest[:next_start] = b"["
+    last = _decode_coco(b'{"annotations":' + rest)
     pieces.append(_columns(last.annotations))
     if last.images is msgspec.UNSET:
         last.images = first.images
@@ -231,7 +235,7 @@ def _read_strictly(file: BinaryIO) -> CocoColumns:
     return _joined(last, pieces)
 
 
-def _last_cut(text: bytes) -> tuple[int, int]:
+def _last_cut(text: bytearray) -> tuple[int, int]:
     """Returns where the last but one object seems to end, and the last one to start, or zeros."""
     start = text.rfind(b"{")
     while start > 0:
