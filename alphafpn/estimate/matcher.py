@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from alphafpn.estimate.anchor_layout import AnchorLayout
-from alphafpn.estimate.search import PAIRS, best_of, pair_iou
+from alphafpn.estimate.irregular import PAIRS, best_of, pair_iou
 
 # Boxes per block of the fast pass: on a CPU its temporaries then stay in the cache.
 CPU_BLOCK = 1 << 14

@@ -29,10 +29,10 @@ from alphafpn.estimate.checks import (
 )
 from alphafpn.estimate.coco import Id
 from alphafpn.estimate.fcos import RangeMatcher
+from alphafpn.estimate.irregular import Matcher, SearchMatcher
 from alphafpn.estimate.matcher import GridMatcher
 from alphafpn.estimate.probe import DetectorProbe
 from alphafpn.estimate.resize import Size
-from alphafpn.estimate.search import Matcher, SearchMatcher
 from alphafpn.estimate.shards import failures_are_shared, is_shard
 
 # Boxes that are matched and counted at once. This bounds temporary memory.

@@ -9,8 +9,8 @@ from torchvision.ops import box_iou
 
 from alphafpn import AnchorLayout
 from alphafpn.estimate import matcher, search
+from alphafpn.estimate.irregular import SearchMatcher, pair_iou
 from alphafpn.estimate.matcher import GridMatcher
-from alphafpn.estimate.search import SearchMatcher, pair_iou
 from tests import oracle
 from tests.anchor_sets import (
     FASTER,

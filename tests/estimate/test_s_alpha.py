@@ -20,8 +20,8 @@ from torchvision.transforms.v2.functional import convert_bounding_box_format
 from alphafpn import AnchorLayout, estimate_alpha
 from alphafpn.estimate import matcher, s_alpha
 from alphafpn.estimate.alpha_estimate import SIZE_UNIT
+from alphafpn.estimate.irregular import SearchMatcher
 from alphafpn.estimate.matcher import GridMatcher
-from alphafpn.estimate.search import SearchMatcher
 from tests import oracle
 from tests.anchor_sets import (
     FASTER,
