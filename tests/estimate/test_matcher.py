@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
 from alphafpn import AnchorLayout
-from alphafpn.estimate import matcher, search
+from alphafpn.estimate import irregular, matcher
 from alphafpn.estimate.irregular import SearchMatcher, pair_iou
 from alphafpn.estimate.matcher import GridMatcher
 from tests import oracle
@@ -116,7 +116,7 @@ def test_a_box_is_matched_alike_alone_and_in_any_block(monkeypatch, device, kind
     assert all(map(torch.equal, alone, expected))
     for module, name, value in (
         (matcher, "CPU_BLOCK", 7), (matcher, "OTHER_BLOCK", 7), (matcher, "PAIRS", 50),
-        (search, "PAIRS", 50), (search, "SEARCH_ROWS", 3),
+        (irregular, "PAIRS", 50), (irregular, "SEARCH_ROWS", 3),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     assert all(map(torch.equal, found(boxes), expected))
@@ -214,7 +214,7 @@ def test_no_more_pairs_are_evaluated_at_once_than_the_constant_says(monkeypatch)
     pairs = []
 
     def spy(boxes, anchors):
-        iou = search.pair_iou(boxes, anchors)
+        iou = irregular.pair_iou(boxes, anchors)
         pairs.append(iou.numel())
         return iou
 
