@@ -345,7 +345,7 @@ def install_factors(
     if type(current) is type(factors) and all(
         old.shape == new.shape and not old.is_inference() for old, new in pairs
     ):
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             for old, new in pairs:
                 old.copy_(new)
         if isinstance(factors, nn.ModuleList):

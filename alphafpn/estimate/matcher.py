@@ -67,7 +67,7 @@ class GridMatcher:
         extent += max(float(bounds.abs().max()) for bounds in self.bounds)
         eps = max(torch.finfo(cells.dtype).eps for cells in self.cells)
         shortest = min((float(side[side > 0].min()) for side in sides if side.any()), default=1.0)
-        self.bound = 4 * (8 * eps * extent + 2 * CENTRE_SPREAD) / shortest + 16 * eps
+        self.bound = 8 * (4 * eps * extent + CENTRE_SPREAD) / shortest + 16 * eps
 
     def match(self, boxes: Tensor, layout_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Matcher.match`."""
@@ -137,7 +137,7 @@ class GridMatcher:
         for d in (0, 1):
             stride, last = grid[d], grid[2 + d] - 1
             twice = (boxes[:, d] + boxes[:, 2 + d])[:, None, None] - (cells[:, d] + cells[:, 2 + d])
-            nearest = (twice / (2 * stride)).round_().clamp_(min=0)
+            nearest = (twice / (2 * stride)).round_()
             index = (torch.minimum(nearest, last) + steps).clamp_(min=0)
             # Rounded as `AnchorLayout.anchors` rounds them, which is as torchvision does.
             shift = torch.minimum(index, last).to(cells.dtype) * stride.to(cells.dtype)

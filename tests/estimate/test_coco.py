@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -184,6 +185,18 @@ class TestRead:
         for end in (1 << 20, 2_500_000, len(text) - 2):
             with pytest.raises(ValueError, match="at character"):
                 read_bytes(path, text[:end])
+
+    def test_polygons_take_no_memory(self, path: Path) -> None:
+        polygon = [[0.5] * 400]
+        annotations = [annotation(id=i, segmentation=polygon) for i in range(10_000)]
+        path.write_text(json.dumps(coco(annotations=annotations)))
+        assert path.stat().st_size > 20_000_000
+        tracemalloc.start()
+        try:
+            assert len(read_coco(path, "").boxes) == 10_000
+            assert tracemalloc.get_traced_memory()[1] < 10_000_000
+        finally:
+            tracemalloc.stop()
 
     def test_largest_numbers(self, tmp_path: Path) -> None:
         largest = {"id": 2**63 - 1, "width": 2**24, "height": 2**24}

@@ -144,3 +144,32 @@ def test_a_box_on_the_border_of_two_ranges_is_the_coarser_levels():
     # Every anchor point but the exact centre is farther from some side than half the longer side.
     boxes = torch.tensor([[0.0, 0, 128, 10], [0, 0, 127.9, 10]])
     assert RangeMatcher([8, 16], CPU).match(boxes)[0].tolist() == [1, 0]
+
+
+def owned(boxes, sizes, radius):
+    """On levels with locations every 10, 20, ... pixels."""
+    steps = [10 * 2**i for i in range(len(sizes))]
+    return owned_boxes(
+        torch.tensor(boxes),
+        torch.zeros(len(boxes), dtype=torch.int64),
+        torch.zeros(len(boxes), dtype=torch.int64),
+        [torch.tensor([[-size, -size, size, size]]) / 2 for size in sizes],
+        torch.tensor([[(step, step) for step in steps]]),
+        torch.tensor([[(200 // step, 200 // step) for step in steps]]),
+        radius,
+    ).tolist()
+
+
+def test_the_smaller_of_two_boxes_owns_the_only_location():
+    wide, tall = [-5.0, 100, 25, 120], [0.0, 70, 20, 150]
+    assert owned([wide, tall], [8], 0.5) == [True, False]
+    assert owned([tall, wide], [8], 0.5) == [False, True]
+    left, right = [100.0, -5, 120, 25], [70.0, 0, 150, 20]
+    assert owned([right, left], [8], 0.5) == [False, True]
+
+
+def test_no_level_has_the_border_of_its_range():
+    # The only location in reach is the centre, 64 pixels from the sides: 8 * 8 and 4 * 16.
+    for half, expected in ((63.9, True), (64, False), (64.1, True)):
+        assert owned([[100.0 - half, 90, 100 + half, 110]], [8, 16], 0.3) == [expected]
+        assert owned([[90.0, 100 - half, 110, 100 + half]], [8, 16], 0.3) == [expected]
