@@ -211,7 +211,12 @@ def check_distinct(anchors: AnchorLayout | Sequence[Tensor], where: str) -> None
     names: Sequence[Any] = range(len(levels))
     pairs = list(itertools.combinations(names, 2))
     if isinstance(anchors, AnchorLayout):
-        # Only cell anchors of equal size can coincide, so most layouts need no anchors.
+        # Only cell anchors of equal size can coincide, so most layouts need no anchors. A level
+        # with a longer side than all of a finer one is distinct: that is seen without tensors.
+        longest = [
+            max(max(x2 - x1, y2 - y1) for x1, y1, x2, y2 in cells.tolist()) for cells in levels
+        ]
+        pairs = [(i, j) for i, j in pairs if longest[j] < longest[i] + 1e-3]
         pairs = [(i, j) for i, j in pairs if _same_sizes(levels[i], levels[j])]
         levels, names = anchors.anchors() if pairs else (), anchors.level_names
     for i, j in pairs:
