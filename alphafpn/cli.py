@@ -59,15 +59,15 @@ def _fail(message: str) -> NoReturn:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="alphafpn", description="Fusion factors for tiny-object detectors.")
+    parser = _Parser(prog="alphafpn", description="Makes detectors fit small objects.")
     parser.add_argument("--version", action="version", version=f"alphafpn {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     estimate = commands.add_parser(
         "estimate",
-        help="fusion factors of a COCO-format annotation file",
-        description="Counts the boxes of a COCO-format file per pyramid level of a detector, as "
-        "its network sees them, and prints the fusion factors.",
+        help="compare the boxes of a COCO-format file with the anchors of a detector",
+        description="Compares the boxes of a COCO-format file with the anchors of a detector, and "
+        "prints how to adapt it, the boxes on each pyramid level, and the fusion factors.",
     )
     estimate.set_defaults(run=_estimate)
     add = estimate.add_argument
@@ -141,11 +141,12 @@ def _detector(options: argparse.Namespace) -> nn.Module:
     names = [*(name for name in list_models(module=detection) if "_fpn" in name), *TINY]
     if options.detector not in names:
         begun = [name for name in names if name.startswith(options.detector)]
-        near = begun or difflib.get_close_matches(options.detector, names, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = begun[-1:] or difflib.get_close_matches(options.detector, names, 1)
+        hint = f" (did you mean {near[0]}?)" if near and options.detector else ""
+        found = repr(options.detector) if options.detector else "none"
         raise ValueError(
-            f"--detector: no feature pyramid detector named {options.detector!r}; known "
-            f"names are {', '.join(names)}{hint}"
+            f"--detector: expected a detector with a feature pyramid, found {found}{hint}; known "
+            f"names are {', '.join(names)}"
         )
     sizes = {"min_size": options.min_size, "max_size": options.max_size}
     given = {name: value for name, value in sizes.items() if value is not None}
@@ -174,7 +175,7 @@ def _set_anchors(
     old = owner.anchor_generator
     if sizes is not None and len(sizes) != len(old.sizes):
         raise ValueError(
-            f"--anchor-sizes: one argument per level expected, {len(old.sizes)}, found {len(sizes)}"
+            f"--anchor-sizes: expected one argument per level, {len(old.sizes)}, found {len(sizes)}"
         )
     owner.anchor_generator = AnchorGenerator(
         tuple(sizes) if sizes is not None else old.sizes,

@@ -120,7 +120,18 @@ class AnchorComparison:
                 f"{own.reached:.0%} of the boxes {self._verb()}; with "
                 f"{' and '.join(way for way, used in ways.items() if used)} {best.reached:.0%}"
             )
+            if best.cost > 1.05:
+                text += f", for {best.cost:.1f} times the cost"
             found.append((best.reached - own.reached, f"{text}: {self.call}"))
+        elif own.reached < 0.5:
+            found.append(
+                (
+                    1 - own.reached,
+                    f"{own.reached:.0%} of the boxes {self._verb()}, and no other anchors reach 2 "
+                    f"points more. Are the boxes in pixels? Their mean size is "
+                    f"{own.estimate.mean_size:.3g} px at the network's input",
+                )
+            )
         for row in self.rows:
             if row.input_scale > 1 and row.reached > best.reached + 0.1:
                 text = (

@@ -105,6 +105,8 @@ def test_the_report_opens_with_what_to_do(tmp_path, capsys):
         "The detector fits these boxes: there is nothing to adapt."
     )
     assert first_line((8, 9)).startswith("0% of the boxes reach IoU 0.5; with smaller anchors 100%")
+    assert first_line((0.1, 0.2)).startswith("0% of the boxes reach IoU 0.5, and no other anchors")
+    first_line((8, 9))
     main([*command, "--json"])
     outcome = json.loads(capsys.readouterr().out)
     assert outcome["findings"][0].endswith("max_objects=40)")
@@ -172,13 +174,13 @@ KNOWN = "estimate a.json --detector retinanet_resnet50_fpn_v2"
         ("", "COMMAND"),
         ("frobnicate", "frobnicate"),
         ("estimat", "estimat"),
-        ("estimate a.json", "--detector: no feature pyramid detector named ''; known names are"),
+        ("estimate a.json", "expected a detector with a feature pyramid, found none; known names"),
         ("estimate a.json --detector", "--detector"),
         ("estimate a.json --detector ssd300_vgg16", "ssd300_vgg16"),
-        ("estimate a.json --detector retinanet", "mean retinanet_resnet50_fpn?"),
+        ("estimate a.json --detector retinanet", "mean retinanet_resnet50_fpn_v2?"),
         (
             "estimate a.json --detector fastercnn_resnet50_fpn",
-            "tiny_faster_rcnn; did you mean fasterrcnn_resnet50_fpn?",
+            "found 'fastercnn_resnet50_fpn' (did you mean fasterrcnn_resnet50_fpn?); known names",
         ),
         ("estimate a.json --detector tiny_retinanet --min-size 8", "--min-size"),
         (KNOWN.replace("a.", "nowhere."), "error: nowhere.json: No such file or directory\n"),
