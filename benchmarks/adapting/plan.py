@@ -14,7 +14,6 @@ DATA = ("cells4", "cells8", "people", "hituav", "dots", "dsb2018", "insects")
 STEPS = {**dict.fromkeys(SOURCES, 150), "cells8": 200, "people": 200, "cells2": 300}
 RATE, BATCH = 1e-3, 2
 FINER_START = "random"
-_LARGER_SEEDS = 3
 
 
 def configuration(data: str, row: str, seed: int, **changes: Any) -> Record:
@@ -39,10 +38,9 @@ def configuration(data: str, row: str, seed: int, **changes: Any) -> Record:
 
 
 def _main(seed: int) -> Iterator[Record]:
-    """All data sets and rows; the costly larger input for the first seeds alone."""
+    """All data sets and rows."""
     for data, row in itertools.product(DATA, (*FITS, *FACTORS)):
-        if row != Row.LARGER or seed < _LARGER_SEEDS:
-            yield configuration(data, row, seed)
+        yield configuration(data, row, seed)
 
 
 def _factors(seed: int) -> Iterator[Record]:
