@@ -232,6 +232,13 @@ def test_handmade_cells_are_scaled_about_their_centres(dtype, finer_level, scale
     torch.testing.assert_close(again, cells, rtol=0, atol=tolerance / min(scale, 1))
 
 
+def test_handmade_anchors_may_become_smaller_than_a_pixel():
+    model = make(make_rcnn)
+    generator_of(model).cell_anchors = [torch.tensor([[-1.0, -2.0, 1.0, 2.0]])] * 4
+    adapt_detector(model, 0.25)
+    assert cells_of(model) == [[[-0.25, -0.5, 0.25, 0.5]]] * 4
+
+
 def test_sizes_that_did_not_make_the_cells_are_not_used():
     model = make(make_rcnn)
     first = cells_of(model)
