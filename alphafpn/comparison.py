@@ -74,7 +74,7 @@ class AnchorComparison:
         similar = [row for row in rows if row.reached >= most - _SIMILAR]
         if self.rows[0] in similar:
             return self.rows[0]
-        return min(similar, key=lambda row: (row.cost, -row.reached))
+        return min(similar, key=lambda row: row.cost)
 
     @property
     def call(self) -> str:

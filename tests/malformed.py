@@ -185,7 +185,11 @@ MALFORMED: dict[str, Malformed] = {
     "UTF-32": Malformed(json.dumps(coco()).encode("utf-32-be"), "found UTF-16 or UTF-32 text"),
     "gzip": Malformed(gzip.compress(_VALID), "found a gzip file: unpack it first"),
     "zip": Malformed(b"PK\x03\x04" + bytes(50), "found a zip file: unpack it first"),
-    "comment": Malformed(b"// boxes\n" + _VALID, r"at character 0, near .*boxes"),
+    "comment": Malformed(b"// boxes\n" + _VALID, "at character 0, near '// boxes"),
+    "in a long line": Malformed(
+        b'["' + b"a" * 99 + b'" x' + b"b" * 99,
+        f"at character 103, near '{'a' * 18}\" x{'b' * 19}'$",
+    ),
     "single quotes": Malformed(_VALID.replace(b'"', b"'"), r"double quotes.* at character 1"),
     "nested deeply": Malformed(
         _VALID.replace(b"[[", b"[" * 100_000, 1).replace(b"]]", b"]" * 100_000, 1), "too deeply"

@@ -232,6 +232,13 @@ def test_handmade_cells_are_scaled_about_their_centres(dtype, finer_level, scale
     torch.testing.assert_close(again, cells, rtol=0, atol=tolerance / min(scale, 1))
 
 
+def test_handmade_anchors_may_become_smaller_than_a_pixel():
+    model = make(make_rcnn)
+    generator_of(model).cell_anchors = [torch.tensor([[-1.0, -2.0, 1.0, 2.0]])] * 4
+    adapt_detector(model, 0.25)
+    assert cells_of(model) == [[[-0.25, -0.5, 0.25, 0.5]]] * 4
+
+
 def test_sizes_that_did_not_make_the_cells_are_not_used():
     model = make(make_rcnn)
     first = cells_of(model)
@@ -239,6 +246,14 @@ def test_sizes_that_did_not_make_the_cells_are_not_used():
     adapt_detector(model, 0.5)
     assert cells_of(model) == [[[side / 2 for side in cell] for cell in level] for level in first]
     assert generator_of(model).sizes == ((1.5,), (2.5,), (3.5,), (4.5,))
+
+
+def test_sizes_of_more_levels_than_there_are_cells_are_not_used():
+    model = make(make_rcnn)
+    first = cells_of(model)
+    generator_of(model).sizes = (*generator_of(model).sizes, (256,))
+    adapt_detector(model, 0.25)
+    assert cells_of(model) == [[[side / 4 for side in cell] for cell in level] for level in first]
 
 
 def test_cells_in_half_precision_are_made_from_the_sizes():
@@ -690,6 +705,9 @@ VALUE_ERRORS = {
     ),
     "input_scale: expected a finite number above 0, found -2": call(make, input_scale=-2),
     "input_scale: ... at least 1, found ((0,), 1, None)": call(make, input_scale=0.006),
+    "input_scale: ... at least 1, found ((13,), 19, (0, 13))": call(
+        lambda: make(fixed_size=(2, 64)), input_scale=0.2
+    ),
     "input_scale: ... found _Unresized, which does not: ...": call(
         lambda: tiny_retinanet(small_backbone(), weights_backbone=None), **LARGER
     ),

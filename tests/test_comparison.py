@@ -140,6 +140,9 @@ def test_costs_are_operations_over_those_of_the_detector_as_it_is():
         assert costs[True, 1] == pytest.approx(finer, abs=0.01)
         assert costs[False, 2] == pytest.approx(3.94, abs=0.07)
         assert costs[False, 1] == 1
+    # The second stage sees 1000 boxes on any input, about a tenth of all operations.
+    rows = compare_anchors(stock("fasterrcnn_resnet50_fpn"), boxes).rows
+    assert [row.cost for row in rows] == pytest.approx([1, 1, 3.70, 3.70], abs=0.01)
 
 
 def test_the_scale_is_the_best_of_all_scales():
@@ -273,6 +276,26 @@ def test_findings_are_ordered_by_the_objects_they_cost():
     assert any("torchmetrics 100" in text and "evaluate_tiny 200" in text for text in found)
     fits = [((480, 640), torch.tensor([[96.0, 96, 160, 160]])) for _ in range(50)]
     assert compare_anchors(resizing(), fits).findings() == []
+
+
+def test_boxes_are_counted_by_size_and_the_bins_at_both_ends_take_the_rest():
+    sides = [2, 4, 5, 6, 300, 400, 500]
+    boxes = torch.tensor([[10.0, 10, 10 + side, 10 + side] for side in sides])
+    found = compare_anchors(resizing("faster"), [((600, 600), boxes)])
+    assert found.size_edges[:3] == pytest.approx((4, 5.657, 8), abs=1e-3)
+    assert found.size_edges[-2:] == pytest.approx((256, 362.04), abs=1e-2)
+    assert found.boxes_by_size[:2] == (3, 1)
+    assert found.boxes_by_size[2:] == (*(0,) * (len(found.size_edges) - 4), 3)
+
+
+def test_half_an_anchor_is_reached_by_it():
+    model = small_detector("retinanet", **KINDS["unresized"])
+    generator = AnchorGenerator(((16,), (32,), (64,), (128,)), ((1.0,),) * 4)
+    model.anchor_generator, model.head.classification_head.num_anchors = generator, 1
+    # Anchors lie around the points 0, 8, 16, ... of the finest level: IoU is one half.
+    found = compare_anchors(model, [((64, 64), torch.tensor([[24.0, 24, 40, 32]]))])
+    assert found.rows[0].estimate.iou_histogram[50] == 1
+    assert found.rows[0].reached == sum(found.reached_by_size[0]) == 1
 
 
 def test_the_picture(tmp_path):

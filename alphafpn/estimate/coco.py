@@ -252,7 +252,7 @@ def _columns(annotations: list[_Annotation] | msgspec.UnsetType) -> _Columns:
     boxes = chain.from_iterable([a.bbox for a in annotations])
     return (
         np.fromiter([a.image_id for a in annotations], np.int64, num),
-        np.fromiter(boxes, np.float64, 4 * num).reshape(-1, 4),
+        np.fromiter(boxes, np.float64, 4 * num).reshape(num, 4),
         [a.category_id for a in annotations],
         np.fromiter([a.iscrowd for a in annotations], np.bool_, num),
         np.fromiter([a.ignore for a in annotations], np.bool_, num),

@@ -290,6 +290,17 @@ def test_boxes_that_fit_the_image_turned_by_a_quarter_are_counted() -> None:
     assert found.left_out == {"outside the image": 1}
 
 
+@pytest.mark.parametrize("edge", range(4))
+def test_a_box_may_be_a_pixel_beyond_the_turned_image(edge: int) -> None:
+    for by, counted in ((1, 1), (1.0625, 0)):
+        low_x, low_y, high_x, high_y = (by if i == edge else 1 for i in range(4))
+        box = [-low_x, -low_y, 200 + high_x + low_x, 100 + high_y + low_y]
+        image = {"id": 7, "width": 100, "height": 200}
+        found = read_annotations(coco(images=[image], annotations=[annotation(bbox=box)]))
+        assert found.num_clipped == 1
+        assert found.num_fit_swapped == counted
+
+
 FLAT = json.dumps(coco(info=None)).encode()
 
 

@@ -140,6 +140,19 @@ def test_owned_boxes_are_those_of_the_literal_owners(
     assert found.tolist() == expected
 
 
+def test_the_size_of_an_anchor_is_its_width_as_in_fcos_own_loss():
+    cell, stride, grid = torch.tensor([[-4.0, -12.0, 4.0, 12.0]]), (20, 20), (5, 5)
+    for away in (3.5, 4.5, 5.5, 9.5):
+        # Around a point that is so far from a location; only this one may be in reach.
+        box = torch.tensor([[40 + away - 10, 30, 40 + away + 10, 50]])
+        zero = torch.zeros(1, dtype=torch.int64)
+        found = owned_boxes(
+            box, zero, zero, [cell], torch.tensor([[stride]]), torch.tensor([[grid]]), 0.5
+        )
+        owners = own_owners([place(cell, stride, grid)], box, 0.5)
+        assert found.tolist() == [0 in owners] == [away < 4]
+
+
 def test_a_box_on_the_border_of_two_ranges_is_the_coarser_levels():
     # Every anchor point but the exact centre is farther from some side than half the longer side.
     boxes = torch.tensor([[0.0, 0, 128, 10], [0, 0, 127.9, 10]])
