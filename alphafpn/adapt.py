@@ -378,8 +378,13 @@ def _finer_stage(body: Any, num_channels: int) -> tuple[str, int]:
     finer = [name for name in before if strides[name] == found[0] // 2]
     if len(set(found)) < len(found) or found[0] // 2 < _FINEST_STRIDE or not finer:
         shown = ", ".join(f"{name} (stride {stride})" for name, stride in strides.items())
+        if found[0] // 2 < _FINEST_STRIDE:
+            raise ValueError(
+                f"finer_level: expected a finest level at stride {2 * _FINEST_STRIDE} or more, "
+                f"found stride {found[0]}; the stages are {shown}"
+            )
         raise ValueError(
-            f"finer_level: expected a stage at half the finest stride, {_FINEST_STRIDE} or more, "
+            f"finer_level: expected a stage at half the finest stride, {found[0] // 2}, "
             f"and fused maps of different strides, found strides {found} of {returned}; the "
             f"stages are {shown}"
         )

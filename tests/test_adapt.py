@@ -726,12 +726,12 @@ VALUE_ERRORS = {
     "model: ... for 3 levels of anchors, found 4 (0, 1, 2, pool)": call(
         lambda: with_generator(squares(3))
     ),
-    "finer_level: ... strides [4, 8, 16, 32] of ['block2', ... are stem (stride 2), ..., block2 "
+    "finer_level: ... at stride 8 or more, found stride 4; ... are stem (stride 2), ..., block2 "
     "(stride 4), block3 (stride 8), ...": call(lambda: make(levels=4), **FINER),
     "finer_level: ... strides [32, 32] of ['13', '16']; ... 13 (stride 32), ...": call(
         lambda: on_meta("fasterrcnn_mobilenet_v3_large_fpn"), **FINER
     ),
-    "finer_level: ... strides [4, 8, 16, 32] of ['layer1', ... layer1 (stride 4), ...": call(
+    "finer_level: ... at stride 8 or more, found stride 4; ... layer1 (stride 4), ...": call(
         lambda: on_meta("fasterrcnn_resnet50_fpn"), **FINER
     ),
     "finer_level: ... body ... found none": call(without_pyramid, **FINER),
