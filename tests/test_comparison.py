@@ -308,3 +308,12 @@ def test_the_picture(tmp_path):
     assert total == sum(len(boxes) for _, boxes in dataset)  # also those below the first bin
     for row, reached in zip(found.rows, found.reached_by_size, strict=True):
         assert sum(reached) / total == pytest.approx(row.reached)
+
+
+def test_the_first_finding_names_what_a_finer_level_costs():
+    sides = torch.linspace(5, 60, 60)[:, None]
+    items = [((480, 640), torch.cat([torch.full((60, 2), 33.0), 33 + sides, 33 + sides], 1))]
+    comparison = compare_anchors(resizing(), items)
+    assert comparison.best.finer_level
+    cost = f", for {comparison.best.cost:.1f} times the cost: adapt_detector(model, "
+    assert cost in comparison.findings()[0]

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.adapting import pictures
 from benchmarks.adapting.analysis import Runs, prediction, regrets, studies
 from benchmarks.adapting.rows import FACTORS, FITS, NAMES, Row
-from benchmarks.intervals import mean_of, paired
+from benchmarks.intervals import Mean, mean_of, paired
 from benchmarks.markdown import fill, fold, save, table
 from benchmarks.records import Record
 
@@ -62,19 +62,26 @@ def write(records: Sequence[Record], docs: Path) -> None:
 
 
 def in_short(records: Sequence[Record]) -> str:
-    """What adapting gives, in a sentence for the README."""
-    (main,) = studies(records)["main"]
+    """What adapting gives, in a few sentences for the README."""
+    found = studies(records)
+    (main,) = found["main"]
     fitted, halved = (
         [gain.mean for gain in main.gains(row, other).values()]
         for row, other in ((Row.ADAPTED, Row.STOCK), (Row.HALF, Row.ADAPTED))
     )
+    (long,) = found["long"]
+    lasting = [f"{gain.mean:.0f}" for gain in long.gains(Row.ADAPTED, Row.STOCK).values()]
+    base, *_ = lines = _by_detector(found["heads"])["Faster R-CNN"]
+    adapted = next(line for line in lines if line[2] == Row.ADAPTED)
+    two_stages = [f"{gain.mean:.0f}" for gain in _gains(base, adapted)]
     return (
         "In short trainings of a RetinaNet from ImageNet's weights (150 or 200 steps) on "
         f"{len(fitted)} sets of real images, adapting gained **{min(fitted):.0f} to "
-        f"{max(fitted):.0f} points** of AP50, {np.mean(fitted):.0f} on average. After adapting, a "
-        f"factor of .5 changed AP50 by {min(halved):+.1f} to {max(halved):+.1f} points, "
-        f"{np.mean(halved):+.1f} on average ([table](docs/adapting.md#what-to-expect)). Expect "
-        "less after long trainings and from detectors that begin at stride 4, such as Faster R-CNN."
+        f"{max(fitted):.0f} points** of AP50, {np.mean(fitted):.0f} on average, and "
+        f"{' and '.join(lasting)} on two of them after four times the steps. Faster R-CNN, which "
+        f"begins at stride 4 already, gained {' and '.join(two_stages)} on two. After adapting the "
+        f"RetinaNet, a factor of .5 changed AP50 by {min(halved):+.1f} to {max(halved):+.1f} "
+        f"points, {np.mean(halved):+.1f} on average ([table](docs/adapting.md#what-to-expect))."
     )
 
 
@@ -96,6 +103,7 @@ def _reached(runs: Runs, data: str) -> list[str]:
     ]
 
 
+_DETECTORS = {"fcos": "FCOS", "fasterrcnn": "Faster R-CNN"}
 _CHANGES = {"scale": "ranges times", "radius": "radius", "roi": "adapted, RoI levels"}
 
 
@@ -193,30 +201,45 @@ def _lasting(groups: list[Runs]) -> list[str]:
 
 
 def _other_detectors(groups: list[Runs]) -> list[str]:
-    lines = []
-    for detector, title in (("fcos", "FCOS"), ("fasterrcnn", "Faster R-CNN")):
-        same = [runs for runs in groups if runs.setting["detector"] == detector]
-        base = next((runs for runs in same if runs.rows("people", [Row.STOCK])), None)
-        for runs in same if base else ():
-            changes = [
-                f"{text} {runs.setting[name]}"
-                for name, text in _CHANGES.items()
-                if name in runs.setting
-            ]
-            row = Row.SCALE if runs.rows("people", [Row.SCALE]) else Row.ADAPTED
-            gains = [
-                f"{data} {mean_of(paired(runs.values(data, row), base.values(data, Row.STOCK)))}"
-                for data in base.by_row
-            ]
-            lines.append(f"- {', '.join([title, *(changes or ['adapted'])])}: {', '.join(gains)}.")
-    if not lines:
+    if not groups:
         return []
     head = (
         "Gains over the same detector as it is, on two sets with three seeds. Faster R-CNN begins "
         "at stride 4, so adapting only scales the anchors of its RPN. *RoI levels scaled* also "
         "moves the sizes at which RoI pooling changes levels:"
     )
+    lines = [
+        f"- {line[0]}: "
+        + ", ".join(f"{d} {g}" for d, g in zip(base[1].by_row, _gains(base, line), strict=True))
+        + "."
+        for base, *others in _by_detector(groups).values()
+        for line in others
+    ]
     return ["### What about FCOS and Faster R-CNN?", "\n".join([head, "", *lines])]
+
+
+def _by_detector(groups: list[Runs]) -> dict[str, list[Line]]:
+    """The rows of each other detector, the one as it is first."""
+    found: dict[str, list[Line]] = {}
+    for runs in groups:
+        name = _DETECTORS[runs.setting["detector"]]
+        changes = [
+            f"{text} {runs.setting[key]}" for key, text in _CHANGES.items() if key in runs.setting
+        ]
+        for row in sorted({row for rows in runs.by_row.values() for row in rows}):
+            label = ", ".join([name, *(changes or [row])])
+            found.setdefault(name, []).append((label, runs, row))
+    return {n: sorted(lines, key=lambda line: line[2] != Row.STOCK) for n, lines in found.items()}
+
+
+def _gains(base: Line, other: Line) -> list[Mean]:
+    """How much better a row is than another, perhaps of other runs, on each data set of `base`."""
+    (_, runs, row), (_, found, better) = base, other
+    return [
+        mean_of(paired(found.values(data, better), runs.values(data, row)))
+        for data in runs.by_row
+        if runs.rows(data, [row])
+    ]
 
 
 def _fits_gain_more(runs: Runs) -> int:
@@ -256,9 +279,7 @@ def differences(base: Line, others: Sequence[Line]) -> str:
     means = [runs.mean(data, row).mean for data in sets]
     lines = [[label, *(f"{mean:.1f}" for mean in means), f"{np.mean(means):.1f}"]]
     for label, found, other in others:
-        gains = [
-            mean_of(paired(found.values(data, other), runs.values(data, row))) for data in sets
-        ]
+        gains = _gains(base, (label, found, other))
         over = mean_of([gain.mean for gain in gains if gain.count])
         cells = [f"{gain} ({gain.count})" if gain.count else "" for gain in gains]
         lines.append([label, *cells, str(over)])
@@ -366,20 +387,7 @@ def _long(groups: list[Runs], _: Runs) -> str:
 
 
 def _heads(groups: list[Runs], _: Runs) -> str:
-    by_kind: dict[str, list[Line]] = {}
-    for runs in groups:
-        setting = runs.setting
-        extra = [
-            f"{name} {setting[name]}" for name in ("scale", "radius", "roi") if name in setting
-        ]
-        for row in sorted({row for rows in runs.by_row.values() for row in rows}):
-            line = ", ".join([setting["detector"], row, *extra]), runs, row
-            by_kind.setdefault(setting["detector"], []).append(line)
-    parts = []
-    for lines in by_kind.values():
-        base = next(line for line in lines if line[2] == Row.STOCK)
-        parts.append(differences(base, [line for line in lines if line is not base]))
-    return "\n\n".join(parts)
+    return "\n\n".join(differences(base, others) for base, *others in _by_detector(groups).values())
 
 
 def _starts(groups: list[Runs], main: Runs) -> str:
