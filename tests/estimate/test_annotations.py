@@ -151,7 +151,9 @@ class TestCocoDetection:
             read_annotations(coco_detection)
 
     def test_unknown_category(self, coco_detection: CocoDetection) -> None:
-        with pytest.raises(ValueError, match=r"CocoDetection: expected .* among 1, 2, found 3"):
+        with pytest.raises(
+            ValueError, match=r"CocoDetection: expected .* among 1 'person', 2 'boat', found 3"
+        ):
             read_annotations(coco_detection, category_ids=[1, 3])
 
     def test_nothing_picked(self, coco_detection: CocoDetection) -> None:
