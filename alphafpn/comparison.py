@@ -133,7 +133,7 @@ class AnchorComparison:
                 )
             )
         for row in self.rows:
-            if row.input_scale > 1 and row.reached > best.reached + 0.1:
+            if row.reached > best.reached + 0.1:  # only on a larger input, see `best`
                 text = (
                     f"on an input {row.input_scale} times as large {row.reached:.0%} of the boxes "
                     f"{self._verb()}, for {row.cost:.1f} times the cost"
@@ -187,7 +187,7 @@ class AnchorComparison:
             reached = self.reached_by_size[self.rows.index(row)]
             bins = zip(middles, reached, self.boxes_by_size, strict=True)
             points = [(middle, some / boxes) for middle, some, boxes in bins if boxes]
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+            axes.plot(*zip(*points, strict=True), marker=".", label=label)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_ylim(0, 1.02)
@@ -335,13 +335,13 @@ def _best_scale(probe: DetectorProbe, annotations: Annotations) -> float:
     whole = largest([layout for part in seen for layout in part.layouts])
 
     @functools.cache
-    def value(scale: float, step: int) -> tuple[int, int, float]:
+    def value(scale: float, step: int) -> tuple[float, ...]:
         try:
             cells = scaled_anchors(probe.generator, scale)[2]
             layout = whole.strides, whole.grid_sizes, whole.num_fused_levels
             check_distinct(AnchorLayout(cells, *layout), "the detector")
         except ValueError:  # anchors without area, or levels that cannot be told apart
-            return -1, -1, 0.0
+            return (-1,)
         iou = torch.cat([_best_iou(part, cells, step) for part in seen])
         # As the histogram of an estimate counts.
         matched, near = (int((iou >= least - 1e-6).sum()) for least in (MATCH, BACKGROUND))
