@@ -351,7 +351,7 @@ def _best_scale(probe: DetectorProbe, annotations: Annotations) -> float:
     leaders = [1.0]
     # All scales on few boxes, then those around the best ones on more.
     for per_octave, reach, step, kept in ((16, 64, few, 4), (64, 4, more, 2), (256, 4, more, 1)):
-        steps = range(-reach, reach + 1)
+        steps = range(-reach, reach)
         tried = {_rounded(scale * 2 ** (k / per_octave)) for scale in leaders for k in steps}
         tried = {scale for scale in tried if SMALLEST_SCALE <= scale <= LARGEST_SCALE} | {1.0}
         leaders = sorted(tried, key=lambda scale: value(scale, step), reverse=True)[:kept]
