@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-_HOW = ".*docs/recipes.md#convert-annotations"
+_HOW = ".*recipe .Convert annotations. in the documentation"
 _OPTIONAL = ("area", "iscrowd", "ignore", "category_id", "segmentation", "id")
 
 
@@ -172,8 +172,10 @@ MALFORMED: dict[str, Malformed] = {
     # Not JSON
     "0 bytes": Malformed(b"", "found an empty file"),
     "only white space": Malformed(b" \n", "found an empty file"),
-    "truncated": Malformed(_VALID[:-50], r"at character \d+, near .*"),
-    "truncated in a number": Malformed(_VALID[: _VALID.index(b"30.0") + 2], "where the file ends"),
+    "truncated": Malformed(_VALID[:-50], r"ends too early, at character \d+, after .*"),
+    "truncated in a number": Malformed(
+        _VALID[: _VALID.index(b"30.0") + 2], "one that ends too early, at"
+    ),
     "trailing comma": Malformed(_VALID[:-1] + b",}", "double quotes.* near .*,}"),
     "trailing text": Malformed(_VALID + b"]", r"Extra data.* at character \d+, near"),
     "JSON lines": Malformed(b'{"id": 1}\n{"id": 2}\n', "Extra data"),
@@ -217,17 +219,25 @@ MALFORMED: dict[str, Malformed] = {
     "no images": Malformed(_dump(images=[]), r"image_id 7 in annotations\[0\], no images"),
     # Images
     "image without width": Malformed(
-        _images(width=None), r"images\[1\] \(id 3\): .* found \(200, None\)"
+        _images(width=None), r"images\[1\] \(id 3\): .* height 200 and width None"
     ),
     "image without id": Malformed(_images(id=None), r"images\[1\]: expected .* id, found None"),
     "image is null": Malformed(_dump(images=[None]), r"images\[0\]: expected .* id, found None"),
-    "width 0": Malformed(_images(width=0), r"images\[1\] \(id 3\).* found \(200, 0\)"),
-    "width -1": Malformed(_images(width=-1), r"images\[1\] \(id 3\).* found \(200, -1\)"),
-    "negative height": Malformed(_images(height=-200), r"images\[1\] \(id 3\).*\(-200, 100\)"),
-    "width of a string": Malformed(_images(width="100"), r"images\[1\].* found \(200, '100'\)"),
-    "width of a fraction": Malformed(_images(width=100.5), r"images\[1\].* found \(200, 100.5\)"),
-    "width of NaN": Malformed(_images(width=float("nan")), r"images\[1\].* found \(200, nan\)"),
-    "huge width": Malformed(_images(width=10**12), r"images\[1\] \(id 3\).*1000000000000\)"),
+    "width 0": Malformed(_images(width=0), r"images\[1\] \(id 3\).* height 200 and width 0"),
+    "width -1": Malformed(_images(width=-1), r"images\[1\] \(id 3\).* height 200 and width -1"),
+    "negative height": Malformed(
+        _images(height=-200), r"images\[1\] \(id 3\).*height -200 and width 100"
+    ),
+    "width of a string": Malformed(
+        _images(width="100"), r"images\[1\].* height 200 and width '100'"
+    ),
+    "width of a fraction": Malformed(
+        _images(width=100.5), r"images\[1\].* height 200 and width 100.5"
+    ),
+    "width of NaN": Malformed(
+        _images(width=float("nan")), r"images\[1\].* height 200 and width nan"
+    ),
+    "huge width": Malformed(_images(width=10**12), r"images\[1\] \(id 3\).*width 1000000000000"),
     "width beyond 64 bits": Malformed(_images(width=10**30), r"images\[1\] \(id 3\)"),
     "duplicate image ids": Malformed(_images(id=7), r"images\[1\].*found 7.* images\[0\]"),
     "the same id as a float": Malformed(_images(id=7.0), r"images\[1\].*found 7.* images\[0\]"),

@@ -42,7 +42,7 @@ OTHER, NO_BOX, NOT_FINITE, NEGATIVE, NO_IMAGE, CROWD, IGNORE, ZERO, OUTSIDE = ra
 _FLAGS = ("iscrowd", "ignore")
 _LARGEST = float(np.finfo(np.float32).max)
 _FILE = "expected a COCO JSON file, found"
-_CONVERT = "; docs/recipes.md#convert-annotations shows how to convert others"
+_CONVERT = "; the recipe 'Convert annotations' in the documentation shows how to convert it"
 # What a file that is no JSON may be, by how it begins.
 _OTHER_FORMATS = (
     (rb"\s*$", "an empty file"),
@@ -68,7 +68,7 @@ class CocoColumns:
         image_index: Which image each annotation is on, int64 `[A]`; -1 if it is none of them.
         boxes: `xywh`, float64 `[A, 4]`; whatever has a code below `CROWD` has no valid box.
         category_ids: Category of each annotation, or None.
-        listed: The ids in `categories`.
+        listed: Name of each id in `categories`; "" if it has none.
         reasons: Codes of `REASONS` up to `IGNORE`, int8 `[A]`.
         num_polygons: How many annotations without a box have a segmentation.
     """
@@ -78,7 +78,7 @@ class CocoColumns:
     image_index: npt.NDArray[np.int64]
     boxes: npt.NDArray[np.float64]
     category_ids: list[Id | None]
-    listed: set[Id]
+    listed: dict[Id, str]
     reasons: npt.NDArray[np.int8]
     num_polygons: int = 0
 
@@ -150,11 +150,12 @@ def parse(data: bytes) -> Any:
             if re.match(pattern, data[:2000]):
                 raise ValueError(f"{_FILE} {found}") from None
         # The file may be one long line: quote what is there.
-        near = text[max(0, error.pos - 20) : error.pos + 20]
-        place = f"at character {error.pos}, near {near!r}"
-        if not text[error.pos :].strip():
-            place += ", where the file ends"
-        raise ValueError(f"{_FILE} {error.msg!r} {place}") from None
+        before, after = text[max(0, error.pos - 20) : error.pos], text[error.pos :]
+        if not after.strip():
+            found, near = "one that ends too early,", f"after {before!r}"
+        else:
+            found, near = repr(error.msg), f"near {before + after[:20]!r}"
+        raise ValueError(f"{_FILE} {found} at character {error.pos}, {near}") from None
 
 
 class _Image(msgspec.Struct, gc=False):
@@ -381,15 +382,17 @@ def _flags(crowd: npt.NDArray[np.bool_], ignore: npt.NDArray[np.bool_]) -> npt.N
 
 
 def _refuse_size(index: int, image_id: Id, height: Any, width: Any) -> NoReturn:
-    place, found = f"images[{index}] (id {show(image_id)})", f"({show(height)}, {show(width)})"
-    raise ValueError(f"{place}: expected {SIZE}, found {found}")
+    raise ValueError(
+        f"images[{index}] (id {show(image_id)}): expected {SIZE}, found height {show(height)} and "
+        f"width {show(width)}"
+    )
 
 
-def _listed(categories: Any) -> set[Id]:
-    """Returns the ids that `categories` lists; it may also hold names, or nothing."""
+def _listed(categories: Any) -> dict[Id, str]:
+    """Returns the ids that `categories` lists, with their names; it may also hold other things."""
     entries = categories if isinstance(categories, list | tuple) else []
-    ids = {as_id(entry.get("id")) for entry in entries if isinstance(entry, Mapping)}
-    return {identity for identity in ids if identity is not None}
+    pairs = [(as_id(e.get("id")), e.get("name")) for e in entries if isinstance(e, Mapping)]
+    return {i: name if isinstance(name, str) else "" for i, name in pairs if i is not None}
 
 
 def as_box(value: Any) -> list[float]:

@@ -18,6 +18,7 @@ from alphafpn.estimate.anchor_layout import (
     check_anchors,
     check_distinct,
     describe_levels,
+    distinct_by_size,
     largest,
 )
 from alphafpn.estimate.annotations import Annotations, describe, read_annotations
@@ -362,6 +363,18 @@ class _Family:
     images: list[int] = field(default_factory=list)
     layout_index: list[int] = field(default_factory=list)
 
+    @functools.cached_property
+    def distinct(self) -> bool:
+        """Whether sizes tell the levels apart: of all layouts, since their cells are equal."""
+        first = self.anchors[0]
+        return isinstance(first, AnchorLayout) and distinct_by_size(first)
+
+    def append(self, anchors: AnchorLayout | Levels, where: str) -> None:
+        """Adds anchors, or raises ValueError if two of their levels cannot be told apart."""
+        self.anchors.append(anchors)
+        if not self.distinct:
+            check_distinct(anchors, where)
+
     def matcher(self, boxes: Tensor) -> Matcher:
         """Makes a matcher for boxes on their device, in float64 if boxes or anchors are."""
         levels = _levels(self.anchors[0])
@@ -388,7 +401,9 @@ def _families(anchors: Any, num_images: int) -> list[_Family]:
             )
         shared = all(isinstance(level, Tensor) for level in anchors)
     if shared:
-        return [_Family([_checked(anchors, "anchors")], [], [0] * num_images)]
+        family = _Family(layout_index=[0] * num_images)
+        family.append(_checked(anchors, "anchors"), "anchors")
+        return [family]
     if len(anchors) != num_images:
         raise ValueError(f"anchors: expected {num_images}, one per image, found {len(anchors)}")
     families: dict[object, _Family] = {}
@@ -406,9 +421,10 @@ def _families(anchors: Any, num_images: int) -> list[_Family]:
             checked = _checked(image if isinstance(image, AnchorLayout) else parts, f"anchors[{i}]")
             key: object = identity
             if isinstance(checked, AnchorLayout):
-                key = tuple((cells.dtype, str(cells.tolist())) for cells in checked.cell_anchors)
+                cells = checked.cell_anchors
+                key = tuple((c.dtype, c.numpy(force=True).tobytes()) for c in cells)
             family = families.setdefault(key, _Family())
-            family.anchors.append(checked)
+            family.append(checked, f"anchors[{i}]")
             known[identity] = parts, family, len(family.anchors) - 1
             first = len(_levels(next(iter(families.values())).anchors[0]))
             if len(_levels(checked)) != first:
@@ -423,12 +439,11 @@ def _families(anchors: Any, num_images: int) -> list[_Family]:
 
 
 def _checked(anchors: AnchorLayout | Levels, where: str) -> AnchorLayout | Levels:
-    """Returns the layout, also of plain tensors that have one; its levels can be told apart."""
+    """Returns the layout, also of plain tensors that have one."""
     if not isinstance(anchors, AnchorLayout):
         anchors = [check_anchors(level, f"{where}[{i}]") for i, level in enumerate(anchors)]
         with contextlib.suppress(ValueError):  # if they are on no grid
             anchors = AnchorLayout.from_tensors(anchors, len(anchors))
-    check_distinct(anchors, where)
     return anchors
 
 

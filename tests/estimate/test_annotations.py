@@ -153,7 +153,8 @@ def test_own_ids(coco_detection):
 
 
 def test_errors_name_the_data_set_by_its_class(coco_detection):
-    with pytest.raises(ValueError, match=r"CocoDetection: expected .* among 1, 2, found 3"):
+    found = "CocoDetection: expected .* among 1 'person', 2 'boat', found 3"
+    with pytest.raises(ValueError, match=found):
         read_annotations(coco_detection, category_ids=[1, 3])
     with pytest.raises(ValueError, match=r"Subset: .* none in 0 images"):
         read_annotations(Subset(coco_detection, []))

@@ -96,7 +96,7 @@ def test_a_broken_file_stops(path, name):
 
 
 def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"COCO JSON file, found a folder; docs/recipes.md#conv"):
+    with pytest.raises(ValueError, match="file, found a folder; the recipe 'Convert annotations'"):
         read_annotations(tmp_path)
 
 
@@ -226,7 +226,8 @@ def test_one_and_one_point_zero_are_the_same_but_not_the_string():
 
 def test_unknown_category(tmp_path):
     path = write(tmp_path, coco(annotations=[annotation(category_id=5)]))
-    with pytest.raises(ValueError, match=r"json: expected category_ids among 1, 2, 5, found 4"):
+    found = "json: expected category_ids among 1 'person', 2 'boat', 5, found 4"
+    with pytest.raises(ValueError, match=found):
         read_annotations(path, category_ids=[1, 4])
     for count, end in ((100, "98, 99, found 9999"), (101, r"99, \.\.\. \(101 in all\), found")):
         many = coco(categories=[{"id": n} for n in range(count)])
