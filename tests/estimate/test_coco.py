@@ -148,7 +148,7 @@ def test_the_first_reason_counts(tmp_path):
     ids=["plain", "mask", "objects in lists", "text like JSON"],
 )
 def test_large_files(path, indent, order, extra):
-    # They are read in pieces of about a megabyte.
+    """They are read in pieces of about a megabyte."""
     content = coco(
         images=[{"id": i, "width": 640, "height": 480, "note": "x" * 2000} for i in range(900)],
         annotations=[
@@ -156,6 +156,7 @@ def test_large_files(path, indent, order, extra):
             for i in range(20_000)
         ],
     )
+    content["annotations"][9_000]["segmentation"] = [[0.5] * 500_000]  # longer than a piece
     content = dict(list(content.items())[::order])  # images and categories on both sides
     path.write_text(json.dumps(content, indent=indent))
     assert path.stat().st_size > 3_000_000
