@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alphafpn.pyramid import AttentionAlpha, LearnableAlpha, alpha_parameters
 from alphafpn.surgery import fold_alpha, patch_detector, unpatch_detector
+from tests.detectors import make_detector, make_retinanet
 from tests.pyramids import (
     FACTORS,
     KINDS,
@@ -21,7 +22,6 @@ from tests.pyramids import (
     make_features,
     make_patched,
     make_pyramid,
-    make_retinanet,
     relative_error,
 )
 
@@ -134,11 +134,7 @@ class Flat(nn.Module):
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_scripted_detectors_agree(kind):
-    torch.manual_seed(0)
-    model = make_retinanet().eval()
-    model.score_thresh = 0.0
-    if kind is not None:
-        patch_detector(model, kind(FACTORS[:2]))
+    model = make_detector(make_retinanet, kind and kind(FACTORS[:2])).eval()
     scripted = torch.jit.script(model)
     images = [torch.rand(3, 64, 64)]
     with torch.no_grad():
