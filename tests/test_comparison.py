@@ -151,19 +151,37 @@ def test_the_scale_is_the_best_of_all_scales():
         assert row.anchor_scale == 1 or reached(closer) < reached(row.anchor_scale)
 
 
+def comparison_of(rows):
+    """Makes a comparison of these rows, had they reached other shares."""
+
+    def compared(*reached):
+        pairs = zip(rows, reached, strict=True)
+        changed = tuple(replace(row, reached=share) for row, share in pairs)
+        return AnchorComparison(changed, False, (), (), ())
+
+    return compared
+
+
 def test_the_best_row_is_the_cheapest_among_similar_ones():
-    rows = compare_anchors(resizing(), small_objects(10)).rows
+    compared = comparison_of(compare_anchors(resizing(), small_objects(10)).rows)
+    for reached, best in (((0.9, 0.915, 0.915), 0), ((0.5, 0.9, 0.915), 1), ((0.5, 0.8, 0.915), 2)):
+        found = compared(*reached, 1.0, 1.0)
+        assert found.rows.index(found.best) == best
+        assert ("There is nothing to adapt" in str(found)) == (best == 0)
 
-    def best(*reached):
-        made = [replace(row, reached=r) for row, r in zip(rows, reached, strict=False)]
-        found = AnchorComparison(tuple(made), False, (), (), ())
-        return made.index(found.best), str(found)
 
-    assert best(0.9, 0.915, 0.915, 1.0, 1.0)[0] == 0
-    assert "There is nothing to adapt" in best(0.9, 0.915, 0.915, 1.0, 1.0)[1]
-    assert best(0.5, 0.90, 0.915, 1.0, 1.0)[0] == 1
-    assert best(0.5, 0.80, 0.915, 1.0, 1.0)[0] == 2
-    assert "nothing to adapt" not in best(0.5, 0.80, 0.915, 1.0, 1.0)[1]
+def test_a_larger_input_is_a_finding_if_it_reaches_ten_points_more():
+    compared = comparison_of(compare_anchors(resizing(), small_objects(10)).rows)
+    assert len(compared(0.5, 0.5, 0.5, 0.6, 0.6).findings()) == 0
+    (finding,) = compared(0.5, 0.5, 0.5, 0.6, 0.7).findings()
+    row = compared(0.5, 0.5, 0.5, 0.6, 0.7).rows[4]
+    assert finding == (
+        "on an input 2 times as large 70% of the boxes reach IoU 0.5, for "
+        f"{row.cost:.1f} times the cost: adapt_detector(model, {row.anchor_scale:g}, input_scale=2)"
+    )
+    # What loses most comes first.
+    findings = compared(0.1, 0.2, 0.3, 0.3, 0.9).findings()
+    assert [text.split()[0] for text in findings] == ["on", "10%"]
 
 
 def test_fcos_counts_boxes_that_own_a_location():
