@@ -139,15 +139,6 @@ def test_gradients_too_small_for_their_squares_are_measured():
 
 
 @pytest.mark.parametrize("build", BUILDERS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_alpha_one_measures_as_stock(build, kind):
-    stock = gradient_shares(make_detector(build), *make_batch())
-    patched = gradient_shares(make_detector(build, kind([1.0, 1.0])), *make_batch())
-    assert torch.equal(patched.norms, stock.norms)
-    assert patched.level_names == stock.level_names
-
-
-@pytest.mark.parametrize("build", BUILDERS)
 def test_shares_add_up_along_the_top_down_paths(build):
     result = gradient_shares(make_detector(build, FACTORS), *make_batch())
     features, levels = result.norms.shape

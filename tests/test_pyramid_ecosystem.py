@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alphafpn.pyramid import AttentionAlpha, LearnableAlpha, alpha_parameters
 from alphafpn.surgery import fold_alpha, patch_detector, unpatch_detector
-from tests.detectors import make_detector, make_retinanet
 from tests.pyramids import (
     FACTORS,
     KINDS,
@@ -130,18 +129,6 @@ class Flat(nn.Module):
 
     def forward(self, *maps):
         return tuple(self.fpn(OrderedDict(zip("0123", maps, strict=True))).values())
-
-
-@pytest.mark.parametrize("kind", [None, *KINDS])
-def test_scripted_detectors_agree(kind):
-    model = make_detector(make_retinanet, kind and kind(FACTORS[:2])).eval()
-    scripted = torch.jit.script(model)
-    images = [torch.rand(3, 64, 64)]
-    with torch.no_grad():
-        expected = model(images)[0]
-        _, (found,) = scripted(images)
-    assert len(expected["scores"]) > 10
-    assert_equal_maps(found, expected)
 
 
 # Precision and layout
