@@ -11,6 +11,7 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
+from torchvision.ops import box_convert
 from torchvision.tv_tensors import BoundingBoxes
 from torchvision.tv_tensors import Image as TVImage
 
@@ -138,24 +139,15 @@ def content_as_coco():
     )
 
 
-def as_format(boxes, name):
-    convert = {
-        "XYXY": lambda x1, y1, x2, y2: [x1, y1, x2, y2],
-        "XYWH": lambda x1, y1, x2, y2: [x1, y1, x2 - x1, y2 - y1],
-        "CXCYWH": lambda x1, y1, x2, y2: [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1],
-    }[name]
-    return [convert(*box) for box in boxes]
-
-
-def targets(make):
+def pairs(make_image, make_boxes):
+    """An image and a target for each of the images."""
     return [
-        {"boxes": make(boxes, size), "labels": torch.tensor(labels, dtype=torch.int64)}
+        (
+            make_image(*size),
+            {"boxes": make_boxes(boxes, size), "labels": torch.tensor(labels).int()},
+        )
         for (size, boxes), labels in zip(CONTENT, LABELS, strict=True)
     ]
-
-
-def images(make):
-    return [make(height, width) for (height, width), _ in CONTENT]
 
 
 def pillow(height, width):
@@ -166,21 +158,22 @@ def tensor(height, width):
     return torch.zeros(3, height, width)
 
 
-def bounding_boxes(name):
-    return lambda boxes, size: BoundingBoxes(
-        as_format(boxes, name), format=name, canvas_size=size, dtype=torch.float32
-    )
+def no_image(height, width):
+    return None
 
 
 def plain(boxes, size):
     return torch.tensor(boxes).reshape(-1, 4)
 
 
-def pairs(first, second):
-    return list(zip(first, second, strict=True))
+def bounding_boxes(name):
+    def make(boxes, size):
+        converted = box_convert(plain(boxes, size), "xyxy", name.lower()).tolist()
+        return BoundingBoxes(converted, format=name, canvas_size=size, dtype=torch.float32)
+
+    return make
 
 
-SIZES = [size for size, _ in CONTENT]
 ITERABLES: dict[str, Callable[[], Any]] = {
     "lists": lambda: CONTENT,
     "generator": lambda: (item for item in CONTENT),
@@ -197,31 +190,27 @@ ITERABLES: dict[str, Callable[[], Any]] = {
     ],
 }
 DATASETS: dict[str, Callable[[], Any]] = {
-    "PIL": lambda: Detection(pairs(images(pillow), targets(plain))),
-    "tensor": lambda: Detection(pairs(images(tensor), targets(plain))),
+    "PIL": lambda: Detection(pairs(pillow, plain)),
+    "tensor": lambda: Detection(pairs(tensor, plain)),
     "tv_tensor": lambda: Detection(
-        pairs(images(lambda h, w: TVImage(torch.zeros(1, h, w))), targets(bounding_boxes("XYXY")))
+        pairs(lambda *size: TVImage(tensor(*size)), bounding_boxes("XYXY"))
     ),
-    "XYWH": lambda: Detection(pairs(images(pillow), targets(bounding_boxes("XYWH")))),
-    "CXCYWH": lambda: Detection(pairs(images(pillow), targets(bounding_boxes("CXCYWH")))),
-    "size from canvas": lambda: Detection(pairs([None] * 3, targets(bounding_boxes("XYXY")))),
-    "generator": lambda: (item for item in pairs(images(pillow), targets(plain))),
-    "triples, as DeepForest's": lambda: Detection(
-        [(*pair, "a.png") for pair in pairs(images(tensor), targets(plain))]
-    ),
+    "XYWH": lambda: Detection(pairs(pillow, bounding_boxes("XYWH"))),
+    "CXCYWH": lambda: Detection(pairs(pillow, bounding_boxes("CXCYWH"))),
+    "size from canvas": lambda: Detection(pairs(no_image, bounding_boxes("XYXY"))),
+    "generator": lambda: (item for item in pairs(pillow, plain)),
+    "triples, as DeepForest's": lambda: Detection([(*p, "a.png") for p in pairs(tensor, plain)]),
     "dictionaries": lambda: Detection(
-        [{"image": i, **target} for i, target in pairs(images(pillow), targets(plain))]
+        [{"image": i, **target} for i, target in pairs(pillow, plain)]
     ),
     "dictionaries, as TorchGeo's": lambda: Detection(
         [
             {"image": i, "bbox_xyxy": target["boxes"], "label": target["labels"], "crs": None}
-            for i, target in pairs(images(tensor), targets(plain))
+            for i, target in pairs(tensor, plain)
         ]
     ),
     "subset of a subset": lambda: Subset(
-        Subset(Detection(pairs(images(pillow), targets(plain))), [2, 1, 0]), [2, 1, 0]
+        Subset(Detection(pairs(pillow, plain)), [2, 1, 0]), [2, 1, 0]
     ),
-    "concatenated": lambda: ConcatDataset(
-        [Detection([item]) for item in pairs(images(pillow), targets(plain))]
-    ),
+    "concatenated": lambda: ConcatDataset([Detection([item]) for item in pairs(pillow, plain)]),
 }

@@ -61,9 +61,9 @@ def test_equals_torchvisions_references(content, category_ids, tolerant, tmp_pat
     assert all(found.left_out.values())
 
 
-@pytest.mark.parametrize("name", READ)
-def test_files_as_people_have_them(path, name):
-    found = read_bytes(path, READ[name])
+@pytest.mark.parametrize("content", READ.values(), ids=READ)
+def test_files_as_people_have_them(path, content):
+    found = read_bytes(path, content)
     assert found.boxes.tolist() == BOXES
     assert found.boxes_per_image.tolist() == [1, 1]
     assert found.left_out == {}
@@ -85,10 +85,10 @@ def test_a_broken_annotation_is_left_out_for_a_reason(path, entry, reason):
     assert found.left_out == {reason: 1}
 
 
-@pytest.mark.parametrize("name", MALFORMED)
-def test_a_broken_file_stops(path, name):
-    with pytest.raises(ValueError, match=MALFORMED[name].message) as caught:
-        read_bytes(path, MALFORMED[name].content)
+@pytest.mark.parametrize(("content", "found"), MALFORMED.values(), ids=MALFORMED)
+def test_a_broken_file_stops(path, content, found):
+    with pytest.raises(ValueError, match=found) as caught:
+        read_bytes(path, content)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
