@@ -85,7 +85,7 @@ def test_the_report_is_made_from_records_of_every_study(tmp_path):
     assert "| stock |" + " 11.0 |" * 8 in page
     assert "| best anchors |" + " +40.0 ± 0.0 (3) |" * 7 + " +40.0 ± 0.0 |" in page
     assert "| larger input | 4.00 | 4.00 | +50.0 ± 0.0 |" in page
-    assert "data set: 1.00 on average over 7 data sets, 95 % interval 1.00 to 1.00" in page
+    assert "| mean of the sets | 1.00 (1.00 to 1.00) | 0.0 | 0.0 |" in page
     gain = "**+80.0 ± 0.0** (+80.0 on cells4, +80.0 on cells4); 7 of 7 intervals above 0, 0 below"
     assert gain in answers
     assert "loses 0.0 points on average and 0.0 at worst" in answers
