@@ -12,7 +12,7 @@ from benchmarks.earlier import factors, fine_tuning, systems, tinyperson
 from benchmarks.markdown import fill, fold, table, write
 from benchmarks.records import FOLDER, kept
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
 
 PAGE = """\
 ---
@@ -116,9 +116,14 @@ def _from_file(name: str) -> str:
     return table(header, rows)
 
 
+def main(root: Path = ROOT) -> None:
+    """Writes all pages and pictures below a folder that holds `README.md` and `docs`."""
+    docs, newer = root / "docs", kept("adapting")
+    factors.draw(kept("factors"), docs / "images")
+    write(docs / "experiment-tables.md", page())
+    adapting.write(newer, docs)
+    fill(root / "README.md", "adapting", [adapting.in_short(newer)])
+
+
 if __name__ == "__main__":
-    path = DOCS / "experiment-tables.md"
-    factors.draw(kept("factors"), DOCS / "images")
-    write(path, page())
-    adapting.write(kept("adapting"), DOCS)
-    fill(DOCS.parent / "README.md", "adapting", [adapting.in_short(kept("adapting"))])
+    main()

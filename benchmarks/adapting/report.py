@@ -114,8 +114,8 @@ def tables(found: dict[str, list[Runs]]) -> list[str]:
         "Cost": cost(main),
         "Reached boxes": reach(main),
         "Factors on the adapted detector": factors(main),
-        "Factors on the stock detector": _order(*found["order"], main),
-        "Four times the steps": _long(*found["long"]),
+        "Factors on the stock detector": _order(found["order"][0], main),
+        "Four times the steps": _long(found["long"][0]),
         "Other detectors": _heads(found["heads"]),
         "Other starts": _starts(found["starts"], main),
         "Learning rates": _rates(found["rates"]),
@@ -127,7 +127,7 @@ def tables(found: dict[str, list[Runs]]) -> list[str]:
 def answers(found: dict[str, list[Runs]], count: int) -> list[str]:
     """The four questions, each answered with its figures."""
     (main,) = found["main"]
-    predicted = prediction(main)
+    _, correlation, low, high = prediction(main)
     lost, wider = (list(regrets(main, among).values()) for among in (FITS[:3], FITS))
     images = {name: f"![{text}](images/adapting-{name}.svg)" for name, (_, text) in _DRAWN.items()}
     operations, seconds = (
@@ -152,8 +152,8 @@ def answers(found: dict[str, list[Runs]], count: int) -> list[str]:
         "not trained is computed once for all runs, and not in these times.)",
         "### Does the share of reached boxes predict AP?",
         images["reach"],
-        f"To a degree: the rank correlation over the rows of a data set is {predicted.mean:.2f} on "
-        f"average ({predicted.low:.2f} to {predicted.high:.2f}). `comparison.best` "
+        f"To a degree: the rank correlation over the rows of a data set is {correlation:.2f} on "
+        f"average ({low:.2f} to {high:.2f}). `comparison.best` "
         f"loses {np.mean(lost):.1f} points on average and {max(lost):.1f} at worst against the "
         f"best row by AP50 at the same input size; {np.mean(wider):.1f} and {max(wider):.1f} if "
         "the larger input counts as a row.",
@@ -172,7 +172,7 @@ def answers(found: dict[str, list[Runs]], count: int) -> list[str]:
         f"(`dots`), .5 changes AP50 by {main.gain('dots', Row.HALF, Row.ADAPTED)} and S-alpha by "
         f"{main.gain('dots', Row.ESTIMATED, Row.ADAPTED)}.",
         "### Does it last?",
-        _lasting(*found["long"]),
+        _lasting(found["long"][0]),
         "### What about FCOS and Faster R-CNN?",
         _other_detectors(found["heads"]),
     ]
@@ -302,16 +302,17 @@ def cost(runs: Runs) -> str:
 
 def reach(runs: Runs) -> str:
     """How well the share of reached boxes orders the rows by AP50, and what the best one loses."""
-    found, lost, wider = prediction(runs), regrets(runs), regrets(runs, FITS)
+    by_data, mean, low, high = prediction(runs)
+    lost, wider = regrets(runs), regrets(runs, FITS)
     lines = [
-        [data, f"{found.by_data[data]:.2f}", f"{lost[data]:.1f}", f"{wider[data]:.1f}"]
+        [data, f"{by_data[data]:.2f}", f"{lost[data]:.1f}", f"{wider[data]:.1f}"]
         for data in runs.by_row
     ]
-    mean = f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
     means = [f"{np.mean([*losses.values()]):.1f}" for losses in (lost, wider)]
     head = ["data", "rank correlation with AP50", "`best` loses", "if the larger input counts"]
     shares = "The shares themselves are on [another page](adapting.md#what-to-expect)."
-    return f"{shares}\n\n{table(head, [*lines, ['mean of the sets', mean, *means]])}"
+    last = ["mean of the sets", f"{mean:.2f} ({low:.2f} to {high:.2f})", *means]
+    return f"{shares}\n\n{table(head, [*lines, last])}"
 
 
 def factors(runs: Runs) -> str:
