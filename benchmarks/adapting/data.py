@@ -87,7 +87,7 @@ class Part:
             found += [(image, label, box, False) for label, box in objects]
             regions = itertools.product(self.ignored[image].tolist(), range(1, classes + 1))
             found += [(image, label, box, True) for box, label in regions]
-        return as_coco(found, len(self.boxes), self.size, classes)
+        return as_coco(found, len(self.boxes), classes)
 
 
 @dataclass(frozen=True)
