@@ -25,6 +25,7 @@ from alphafpn.estimate.checks import DEFAULT_CLAMP, check_clamp
 from alphafpn.estimate.fcos import owned_boxes
 from alphafpn.estimate.probe import DetectorProbe, run_backbone, skeleton
 from alphafpn.estimate.report import factor_origin, factors
+from alphafpn.estimate.resize import resizes
 from alphafpn.estimate.s_alpha import InputBoxes, estimate_probe, input_boxes
 from alphafpn.pyramid import AlphaFeaturePyramidNetwork, remove_factors
 
@@ -300,7 +301,7 @@ def _variants(probe: DetectorProbe) -> Iterator[tuple[DetectorProbe, bool, int]]
         finer = _changed(probe, True, 1)
     if finer is not None:
         yield finer, True, 1
-    if probe.resize.resizes:
+    if resizes(probe.detector.transform):
         yield _changed(probe, False, 2), False, 2
         if probe.is_fcos and finer is not None:
             yield _changed(finer, False, 2), True, 2

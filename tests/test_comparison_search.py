@@ -7,7 +7,7 @@ import torch
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from alphafpn import compare_anchors
-from tests.estimate.test_for_detector import small_detector
+from tests.detectors import small_detector
 from tests.test_comparison import KINDS, resizing, small_objects
 
 

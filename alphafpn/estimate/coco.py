@@ -133,7 +133,7 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     """Opens a file, or what a pipe holds; a mapped file would end the process when it shrinks."""
     if os.path.isdir(path):
         raise ValueError(f"{_FILE} a folder{_CONVERT}")
-    file = open(path, "rb", buffering=0)  # noqa: SIM115
+    file = open(path, "rb")  # noqa: SIM115
     if file.seekable():
         return file
     with file:
