@@ -37,12 +37,12 @@ def test_ranges_follow_the_width_of_an_anchor():
     model = small_detector("fcos", min_size=256, max_size=256)
     model.anchor_generator = AnchorGenerator(((8,), (16,), (32,), (64,)), ((4.0,),) * 4)
     sides = torch.linspace(2.5, 250, 90)[:, None]
-    boxes = torch.cat([torch.zeros(90, 2), sides, sides.flip(0)], 1)
+    boxes = torch.cat([torch.zeros(90, 2), sides, sides / 2], 1)
     counts = estimate_alpha_for(model, [((256, 256), boxes)]).counts
     # Anchors of 8 pixels and a ratio of 4 are 4 wide and 16 high.
     levels = oracle.fcos_levels([4, 8, 16, 32], boxes)
     assert counts == tuple(levels.count(i) for i in range(4))
-    assert min(counts[:2]) > 0
+    assert sum(n > 0 for n in counts) > 1
 
 
 class Head:
