@@ -80,12 +80,35 @@ def counted(model, dataset, min_sizes=(None,)):
     return tuple(counts.tolist()), unmatched
 
 
+class Halved(GeneralizedRCNNTransform):
+    def resize(self, image, target=None):
+        height, width = (n // 2 for n in image.shape[-2:])
+        small = torch.nn.functional.interpolate(image[None], size=(height, width))[0]
+        if target is not None:
+            target = {**target, "boxes": target["boxes"] / 2}
+        return small, target
+
+
+def with_own_resize(min_size):
+    model = small_detector(min_size=min_size)
+    model.transform = Halved(min_size, 100, [0.5] * 3, [0.5] * 3)
+    return model
+
+
+def resized_before():
+    return small_detector(_skip_resize=True, min_size=(40, 64))
+
+
+# And the sizes at which each of them sees an image.
 MODELS = {
-    "retinanet": {},
-    "faster": {"kind": "faster"},
-    "several min_size": {"min_size": (48, 64, 80)},
-    "fixed_size": {"fixed_size": (90, 60)},
-    "tiny anchors": {"sizes": (2, 4, 6, 8)},
+    "retinanet": (lambda: small_detector().eval(), (None,)),
+    "faster": (lambda: small_detector("faster").eval(), (None,)),
+    "several min_size": (lambda: small_detector(min_size=(48, 64, 80)).eval(), (48, 64, 80)),
+    "fixed_size": (lambda: small_detector(fixed_size=(90, 60)).eval(), (None,)),
+    "tiny anchors": (lambda: small_detector(sizes=(2, 4, 6, 8)).eval(), (None,)),
+    "a resize of its own": (lambda: with_own_resize((40, 64)), (None,)),
+    "no resize in training": (lambda: resized_before().train(), (None,)),
+    "no resize in training, in evaluation": (lambda: resized_before().eval(), (40, 64)),
 }
 
 
@@ -93,9 +116,8 @@ MODELS = {
 @given(seed=seeds)
 @pytest.mark.parametrize("name", MODELS)
 def test_counts_are_those_of_what_the_network_sees(name, seed):
-    model = small_detector(**MODELS[name]).eval()
-    dataset = draw_dataset(np.random.default_rng(seed))
-    min_sizes = MODELS[name].get("min_size", (None,))
+    build, min_sizes = MODELS[name]
+    model, dataset = build(), draw_dataset(np.random.default_rng(seed))
     expected = counted(model, dataset, min_sizes)
     assume(expected is not None)
     estimate = estimate_alpha_for(model, dataset)
@@ -161,40 +183,11 @@ def test_several_sizes_count_alike():
         assert a == pytest.approx(b)
 
 
-class Halved(GeneralizedRCNNTransform):
-    def resize(self, image, target=None):
-        height, width = (n // 2 for n in image.shape[-2:])
-        small = torch.nn.functional.interpolate(image[None], size=(height, width))[0]
-        if target is not None:
-            target = {**target, "boxes": target["boxes"] / 2}
-        return small, target
-
-
-def test_a_resize_of_ones_own():
-    model = small_detector(min_size=(40, 64))
-    model.transform = Halved((40, 64), 100, [0.5] * 3, [0.5] * 3)
-    dataset = [((120, 90), torch.tensor([[2.0, 4, 33, 20], [50, 30, 58, 44]]))]
-    estimate = estimate_alpha_for(model, dataset)
-    assert (estimate.counts, estimate.num_unmatched) == counted(model, dataset)
-    assert estimate.num_sizes == 1
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_images_that_come_resized(training):
-    model = small_detector(_skip_resize=True, min_size=(40, 64)).train(training)
-    dataset = [((96, 64), torch.tensor([[2.0, 4, 33, 20], [50, 30, 58, 44]]))]
-    estimate = estimate_alpha_for(model, dataset)
-    assert estimate.num_sizes == (1 if training else 2)
-    min_sizes = (None,) if training else (40, 64)
-    assert (estimate.counts, estimate.num_unmatched) == counted(model, dataset, min_sizes)
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", ["retinanet", "faster", "fcos", "custom"])
 def test_the_model_stays_as_it_is(kind, training):
-    model = small_detector("retinanet" if kind == "custom" else kind, min_size=(48, 64))
-    if kind == "custom":
-        model.transform = Halved((48, 64), 100, [0.5] * 3, [0.5] * 3)
+    sizes = (48, 64)
+    model = with_own_resize(sizes) if kind == "custom" else small_detector(kind, min_size=sizes)
     model.train(training)
     frozen, trained = (model.backbone.body[name][0].weight for name in "01")
     frozen.requires_grad_(False)
