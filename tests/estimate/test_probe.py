@@ -21,6 +21,7 @@ from alphafpn import AnchorLayout
 from alphafpn.estimate.probe import DetectorProbe
 from tests.anchor_sets import cell_anchors, seeds
 from tests.detectors import DETECTORS, make_backbone, small_detector
+from tests.states import assert_unchanged, snapshot
 
 
 def build(name, **kwargs):
@@ -354,38 +355,35 @@ class Other(nn.Module):
         return result
 
 
-OWN_TRANSFORMS = {
-    NoResize: [((50, 70), (64, 96))],
-    Snapped: [((96, 96), (96, 96))],
-    Square: [((40, 56), (56, 56)), ((64, 89), (89, 89))],
-}
+def own(cls):
+    return cls((40, 64), 100, [0.5] * 3, [0.5] * 3)
 
 
-@pytest.mark.parametrize("cls", OWN_TRANSFORMS)
+def replaced_on_the_instance():
+    transform = own(GeneralizedRCNNTransform)
+    transform.resize = types.MethodType(lambda _, image, target: (image, target), 1)
+    return transform
+
+
+@pytest.mark.parametrize(
+    ("transform", "frames"),
+    [
+        (own(NoResize), [((50, 70), (64, 96))]),
+        (own(Snapped), [((96, 96), (96, 96))]),
+        (own(Square), [((40, 56), (56, 56)), ((64, 89), (89, 89))]),
+        (replaced_on_the_instance(), [((50, 70), (64, 96))]),
+        (Other(), [((20, 32), (50, 32))]),
+    ],
+)
 @pytest.mark.parametrize("training", [True, False])
-def test_transforms_of_ones_own(cls, training):
+def test_transforms_of_ones_own(transform, frames, training):
     model = small_retinanet()
-    model.transform = cls((40, 64), 100, [0.5] * 3, [0.5] * 3)
-    model.train(training)
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    view = DetectorProbe(model)
-    assert framed(view, (50, 70)) == OWN_TRANSFORMS[cls]
+    model.transform = transform
+    before = snapshot(model.train(training))
+    assert framed(DetectorProbe(model), (50, 70)) == frames
     layout = AnchorLayout.from_detector(model, (50, 70))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert model.transform.min_size == (40, 64)
-    model.eval()
-    assert torch.equal(torch.cat(layout.anchors()), generated(model, (50, 70)))
-
-
-def test_a_resize_replaced_on_the_instance_and_another_class():
-    model = small_retinanet()
-    model.transform.resize = types.MethodType(lambda _, image, target: (image, target), 1)
-    assert framed(DetectorProbe(model), (50, 70)) == [((50, 70), (64, 96))]
-    model.transform = Other()
-    assert framed(DetectorProbe(model), (50, 70)) == [((20, 32), (50, 32))]
-    layout = AnchorLayout.from_detector(model, (50, 70))
-    assert torch.equal(torch.cat(layout.anchors()), generated(model, (50, 70)))
+    assert_unchanged(model, before)
+    assert torch.equal(torch.cat(layout.anchors()), generated(model.eval(), (50, 70)))
 
 
 @pytest.mark.parametrize(
