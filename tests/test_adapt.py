@@ -28,7 +28,15 @@ from alphafpn import AnchorFit, adapt_detector, fold_alpha, patch_detector
 from alphafpn.adapt import start_of
 from alphafpn.tiny.detectors import tiny_retinanet
 from tests import detectors
-from tests.detectors import DETECTORS, SIZES, make_batch, make_detector, make_stages, squares
+from tests.detectors import (
+    DETECTORS,
+    SIZES,
+    generator_of,
+    make_batch,
+    make_detector,
+    make_stages,
+    squares,
+)
 from tests.messages import pattern
 from tests.pyramids import NORMS
 from tests.states import assert_unchanged, snapshot
@@ -81,10 +89,6 @@ def make(build=make_retinanet, **kwargs):
 def on_meta(name, **kwargs):
     with torch.device("meta"):
         return get_model(name, weights=None, weights_backbone=None, **kwargs)
-
-
-def generator_of(model):
-    return getattr(model, "rpn", model).anchor_generator
 
 
 def cells_of(model):

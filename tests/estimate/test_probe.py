@@ -20,7 +20,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from alphafpn import AnchorLayout
 from alphafpn.estimate.probe import DetectorProbe
 from tests.anchor_sets import cell_anchors, seeds
-from tests.detectors import DETECTORS, make_backbone, small_detector
+from tests.detectors import DETECTORS, generator_of, make_backbone, small_detector
 from tests.states import assert_unchanged, snapshot
 
 
@@ -31,7 +31,7 @@ def build(name, **kwargs):
 def generated(model, image_size):
     """What the detector's own anchor generator makes of an image, in a batch of one."""
     caught = []
-    generator = getattr(model, "rpn", model).anchor_generator
+    generator = generator_of(model)
     hook = generator.register_forward_hook(lambda _, __, anchors: caught.append(anchors))
     with torch.no_grad():
         model([torch.rand(3, *image_size)])
@@ -45,7 +45,7 @@ def placed(model, layout, image_size):
     images, _ = model.transform([torch.empty(3, *image_size, device="meta")])
     maps = [torch.empty(1, 1, *size) for size in layout.grid_sizes]
     images = ImageList(images.tensors, images.image_sizes)
-    return getattr(model, "rpn", model).anchor_generator(images, maps)[0]
+    return generator_of(model)(images, maps)[0]
 
 
 def small_retinanet(backbone=None, levels=4, **kwargs):
