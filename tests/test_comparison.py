@@ -274,6 +274,20 @@ def test_the_table():
     assert [row["best"] for row in found.to_list()].count(True) == 1
 
 
+def test_notes_below_the_table_are_there_if_they_apply():
+    def shown(*numbers):
+        """As many boxes as given with the size of the anchors of each level, as it is."""
+        half = torch.tensor([16.0, 32, 64, 128]).repeat_interleave(torch.tensor(numbers))[:, None]
+        boxes = torch.cat([256 - half, 256 - half, 256 + half, 256 + half], 1)
+        rows = compare_anchors(resizing(), [((480, 640), boxes)]).rows
+        return str(AnchorComparison(rows[:1], False, (), (), ()))
+
+    assert "* set by the clamp" not in shown(22, 14, 8, 6)
+    assert "* set by the clamp" in shown(22, 2, 8, 6)
+    assert "not reliable" not in shown(22, 14, 8, 6)  # 50 boxes
+    assert "not reliable: 49 boxes, fewer than 50" in shown(22, 14, 8, 5)
+
+
 def test_findings_are_ordered_by_the_objects_they_cost():
     dense = [((480, 640), torch.tensor([[10.0 + i, 10, 18 + i, 18] for i in range(350)]))]
     found = compare_anchors(resizing(), dense).findings()
