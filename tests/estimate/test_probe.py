@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 import types
 
 import numpy as np
@@ -200,6 +201,12 @@ def test_hooks_are_not_called():
         module.register_forward_hook(Watcher())
     AnchorLayout.from_detector(model, (64, 64))
     assert len(model.backbone.fpn._forward_hooks) == 2
+
+
+def test_attributes_that_cannot_be_copied_are_shared():
+    model = small_retinanet()
+    model.backbone.lock = threading.Lock()
+    assert DetectorProbe(model).detector.backbone.lock is model.backbone.lock
 
 
 def test_one_probe_for_each_length():
