@@ -105,6 +105,10 @@ def make_detector(build, alpha=None, **kwargs):
     return model if alpha is None else patch_detector(model, alpha)
 
 
+def generator_of(model):
+    return getattr(model, "rpn", model).anchor_generator
+
+
 def make_batch(boxes=True):
     """Two images of different sizes, one without boxes; or both without."""
     generator = torch.Generator().manual_seed(0)

@@ -35,11 +35,11 @@ def snapshot(model: object) -> dict[Any, Any]:
     for path, module in model.named_modules():
         state[path] = type(module)
         for name, value in vars(module).items():
-            parts = value.items() if isinstance(value, dict) else ()
+            # Parts and tensors have entries of their own.
             listed = name in ("_modules", "_parameters", "_buffers")
-            state[path, name] = [
-                Same(value), [(key, Same(part)) for key, part in parts], listed or _content(value)
-            ]  # fmt: skip
+            state[path, name] = Same(value), b"" if listed else _content(value)
+            if isinstance(value, dict):
+                state[path, name, "items"] = [(key, Same(part)) for key, part in value.items()]
     for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
         state[path, "value"] = _bits(tensor), tensor.requires_grad, tensor._version
         state[path, "gradient"] = Same(tensor.grad), _bits(tensor.grad)

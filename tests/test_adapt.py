@@ -28,11 +28,18 @@ from alphafpn import AnchorFit, adapt_detector, fold_alpha, patch_detector
 from alphafpn.adapt import start_of
 from alphafpn.tiny.detectors import tiny_retinanet
 from tests import detectors
-from tests.detectors import DETECTORS, SIZES, make_batch, make_detector, make_stages, squares
+from tests.detectors import (
+    DETECTORS,
+    SIZES,
+    generator_of,
+    make_batch,
+    make_detector,
+    make_stages,
+    squares,
+)
 from tests.messages import pattern
 from tests.pyramids import NORMS
 from tests.states import assert_unchanged, snapshot
-from tests.tiny.test_detectors import small_backbone
 
 ONE_STAGE = ["fcos_resnet50_fpn", "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"]
 OUT = 64  # two channels for each group of FCOS's head
@@ -81,10 +88,6 @@ def make(build=make_retinanet, **kwargs):
 def on_meta(name, **kwargs):
     with torch.device("meta"):
         return get_model(name, weights=None, weights_backbone=None, **kwargs)
-
-
-def generator_of(model):
-    return getattr(model, "rpn", model).anchor_generator
 
 
 def cells_of(model):
@@ -331,10 +334,10 @@ def test_a_new_map_takes_no_name_that_is_taken():
 def test_tiny_retinanet_gets_a_finer_level():
     torch.manual_seed(0)
     sizes = [16, 32, 64, 128]
-    model = tiny_retinanet(small_backbone(layers=3), weights_backbone=None, anchor_sizes=sizes)
+    model = tiny_retinanet(make_stages(), weights_backbone=None, anchor_sizes=sizes)
     adapt_detector(model, 1, finer_level=True, max_objects=150)
     names = [name for name, _ in maps_of(model, torch.rand(1, 3, 64, 64))]
-    assert names == ["layer1", "map0", "map1", "map2", "pool"]
+    assert names == ["0", "1", "2", "3", "pool"]
     sum(model(*make_batch()).values()).backward()
     assert model.backbone.fpn.layer_blocks[0][0].weight.grad.any()
     assert (model.detections_per_img, model.topk_candidates) == (200, 1000)
@@ -657,7 +660,7 @@ VALUE_ERRORS = {
         lambda: make(fixed_size=(2, 64)), input_scale=0.2
     ),
     "input_scale: ... found _Unresized, which does not: ...": call(
-        lambda: tiny_retinanet(small_backbone(), weights_backbone=None), **LARGER
+        lambda: tiny_retinanet(make_stages(4), weights_backbone=None), **LARGER
     ),
     "input_scale: ... found GeneralizedRCNNTransform, which does not: ...": call(
         lambda: make(_skip_resize=True), **LARGER

@@ -236,7 +236,9 @@ def test_hand_made_anchors_are_scaled_about_their_centres():
         torch.tensor([[1.0, 2, 1 + 8 * 2**i, 2 + 16 * 2**i]] * 3) for i in range(4)
     ]
     dataset = draw_dataset(np.random.default_rng(0))
-    row = compare_anchors(model, dataset).rows[1]
+    found = compare_anchors(model, dataset)
+    assert "anchor sizes of the best row" not in str(found)
+    row = found.rows[1]
     assert row.anchor_sizes == ()
     assert row.different_anchors == (1, 1, 1, 1)
     adapted = adapt_detector(copy.deepcopy(model), row)
@@ -272,6 +274,20 @@ def test_the_table():
     assert lines[-1].startswith("adapt_detector(model, 0.")
     assert json.loads(json.dumps(found.to_list(), allow_nan=False)) == found.to_list()
     assert [row["best"] for row in found.to_list()].count(True) == 1
+
+
+def test_notes_below_the_table_are_there_if_they_apply():
+    def shown(*numbers):
+        """As many boxes as given with the size of the anchors of each level, as it is."""
+        half = torch.tensor([16.0, 32, 64, 128]).repeat_interleave(torch.tensor(numbers))[:, None]
+        boxes = torch.cat([256 - half, 256 - half, 256 + half, 256 + half], 1)
+        rows = compare_anchors(resizing(), [((480, 640), boxes)]).rows
+        return str(AnchorComparison(rows[:1], False, (), (), ()))
+
+    assert "* set by the clamp" not in shown(22, 14, 8, 6)
+    assert "* set by the clamp" in shown(22, 2, 8, 6)
+    assert "not reliable" not in shown(22, 14, 8, 6)  # 50 boxes
+    assert "not reliable: 49 boxes, fewer than 50" in shown(22, 14, 8, 5)
 
 
 def test_findings_are_ordered_by_the_objects_they_cost():

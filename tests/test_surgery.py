@@ -157,6 +157,24 @@ def test_hooks_stay_and_run():
     assert calls == ["pre", "post"] * 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_optimizer_built_before_still_trains_the_weights(kind):
+    model = make_detector()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    patch_detector(model, kind(FACTORS))
+    if alpha_parameters(model):
+        optimizer.add_param_group({"params": alpha_parameters(model), "weight_decay": 0.0})
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    before = {name: p.clone() for name, p in model.fpn.named_parameters()}
+    sum(p.square().mean() for p in model(make_features()).values()).backward()
+    optimizer.step()
+    for name, parameter in model.fpn.named_parameters():
+        # Of a gate only the last bias is sure to move: its layers start at zero, or behind a ReLU.
+        if not name.startswith("gates") or name.endswith("excite.bias"):
+            assert not torch.equal(parameter, before[name]), name
+
+
 @pytest.mark.parametrize("second", KINDS)
 @pytest.mark.parametrize("first", [None, *KINDS])
 def test_patching_in_inference_mode_leaves_factors_that_train(first, second):

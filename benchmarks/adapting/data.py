@@ -48,8 +48,6 @@ SOURCES = {
     "dots": Source("dots", (1, 2, 3, 4), 240, 80, side=128),
     "dsb2018": Source("dsb2018", (1,), 240, 80, side=128),
     "insects": Source("insects", (1,), 240, 80, side=128),
-    # To train a detector on objects that stock anchors fit.
-    "cells2": Source("bccd", (1, 2, 3), 292, 72, size=(320, 240)),
 }
 
 

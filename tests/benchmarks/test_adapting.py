@@ -99,23 +99,6 @@ def test_shortcuts_change_no_loss_and_no_detection():
     torch.testing.assert_close([f["scores"] for f in again], [f["scores"] for f in found])
 
 
-@pytest.mark.usefixtures("lite0")
-def test_starts_of_the_finer_level():
-    from alphafpn import adapt_detector
-    from benchmarks.adapting.detectors import stock
-    from benchmarks.adapting.experiment import start_finer_level
-
-    torch.manual_seed(0)
-    model = adapt_detector(stock("retinanet", 1, (64, 64)), 0.5, finer_level=True)
-    start_finer_level(model, "copy")
-    fpn = model.backbone.fpn
-    assert not any(bool(p.any()) for p in fpn.inner_blocks[0].parameters())
-    assert torch.equal(fpn.layer_blocks[0][0].weight, fpn.layer_blocks[1][0].weight)
-    start_finer_level(model, "random")
-    assert fpn.inner_blocks[0][0].weight.std() > 0
-    assert not torch.equal(fpn.layer_blocks[0][0].weight, fpn.layer_blocks[1][0].weight)
-
-
 def test_the_body_computes_what_the_network_does_and_keeps_its_normalisation(lite0):
     from benchmarks.lite0 import FROZEN, TAPS, WIDTHS, lite0_body
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 import types
 
 import numpy as np
@@ -20,7 +21,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from alphafpn import AnchorLayout
 from alphafpn.estimate.probe import DetectorProbe
 from tests.anchor_sets import cell_anchors, seeds
-from tests.detectors import DETECTORS, make_backbone, small_detector
+from tests.detectors import DETECTORS, generator_of, make_backbone, small_detector
+from tests.states import assert_unchanged, snapshot
 
 
 def build(name, **kwargs):
@@ -30,7 +32,7 @@ def build(name, **kwargs):
 def generated(model, image_size):
     """What the detector's own anchor generator makes of an image, in a batch of one."""
     caught = []
-    generator = getattr(model, "rpn", model).anchor_generator
+    generator = generator_of(model)
     hook = generator.register_forward_hook(lambda _, __, anchors: caught.append(anchors))
     with torch.no_grad():
         model([torch.rand(3, *image_size)])
@@ -44,7 +46,7 @@ def placed(model, layout, image_size):
     images, _ = model.transform([torch.empty(3, *image_size, device="meta")])
     maps = [torch.empty(1, 1, *size) for size in layout.grid_sizes]
     images = ImageList(images.tensors, images.image_sizes)
-    return getattr(model, "rpn", model).anchor_generator(images, maps)[0]
+    return generator_of(model)(images, maps)[0]
 
 
 def small_retinanet(backbone=None, levels=4, **kwargs):
@@ -201,6 +203,12 @@ def test_hooks_are_not_called():
     assert len(model.backbone.fpn._forward_hooks) == 2
 
 
+def test_attributes_that_cannot_be_copied_are_shared():
+    model = small_retinanet()
+    model.backbone.lock = threading.Lock()
+    assert DetectorProbe(model).detector.backbone.lock is model.backbone.lock
+
+
 def test_one_probe_for_each_length():
     view = DetectorProbe(small_retinanet())
     probed = []
@@ -354,38 +362,35 @@ class Other(nn.Module):
         return result
 
 
-OWN_TRANSFORMS = {
-    NoResize: [((50, 70), (64, 96))],
-    Snapped: [((96, 96), (96, 96))],
-    Square: [((40, 56), (56, 56)), ((64, 89), (89, 89))],
-}
+def own(cls):
+    return cls((40, 64), 100, [0.5] * 3, [0.5] * 3)
 
 
-@pytest.mark.parametrize("cls", OWN_TRANSFORMS)
+def replaced_on_the_instance():
+    transform = own(GeneralizedRCNNTransform)
+    transform.resize = types.MethodType(lambda _, image, target: (image, target), 1)
+    return transform
+
+
+@pytest.mark.parametrize(
+    ("transform", "frames"),
+    [
+        (own(NoResize), [((50, 70), (64, 96))]),
+        (own(Snapped), [((96, 96), (96, 96))]),
+        (own(Square), [((40, 56), (56, 56)), ((64, 89), (89, 89))]),
+        (replaced_on_the_instance(), [((50, 70), (64, 96))]),
+        (Other(), [((20, 32), (50, 32))]),
+    ],
+)
 @pytest.mark.parametrize("training", [True, False])
-def test_transforms_of_ones_own(cls, training):
+def test_transforms_of_ones_own(transform, frames, training):
     model = small_retinanet()
-    model.transform = cls((40, 64), 100, [0.5] * 3, [0.5] * 3)
-    model.train(training)
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    view = DetectorProbe(model)
-    assert framed(view, (50, 70)) == OWN_TRANSFORMS[cls]
+    model.transform = transform
+    before = snapshot(model.train(training))
+    assert framed(DetectorProbe(model), (50, 70)) == frames
     layout = AnchorLayout.from_detector(model, (50, 70))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert model.transform.min_size == (40, 64)
-    model.eval()
-    assert torch.equal(torch.cat(layout.anchors()), generated(model, (50, 70)))
-
-
-def test_a_resize_replaced_on_the_instance_and_another_class():
-    model = small_retinanet()
-    model.transform.resize = types.MethodType(lambda _, image, target: (image, target), 1)
-    assert framed(DetectorProbe(model), (50, 70)) == [((50, 70), (64, 96))]
-    model.transform = Other()
-    assert framed(DetectorProbe(model), (50, 70)) == [((20, 32), (50, 32))]
-    layout = AnchorLayout.from_detector(model, (50, 70))
-    assert torch.equal(torch.cat(layout.anchors()), generated(model, (50, 70)))
+    assert_unchanged(model, before)
+    assert torch.equal(torch.cat(layout.anchors()), generated(model.eval(), (50, 70)))
 
 
 @pytest.mark.parametrize(

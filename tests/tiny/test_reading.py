@@ -91,7 +91,7 @@ def test_what_is_no_data_set_is_refused(read, name, data):
         ({"score": math.nan}, r": expected as score a finite number, found nan"),
         ({"score": "0.5"}, r"\.score.*`float`.*`str`"),
         ({"bbox": [0, 0, 1, -2]}, r": expected as bbox .* found \[0, 0, 1, -2\]"),
-        ({"bbox": [0, 0, 1, math.nan]}, r": expected as bbox .* found .*nan"),
+        ({"bbox": [math.nan, 0, 1, 1]}, r": expected as bbox .* found .*nan"),
         ({"bbox": "box"}, r"\.bbox.*`array`.*`str`"),
     ],
 )

@@ -165,12 +165,15 @@ def literal_merge(detections, tiles):
 def test_merging_is_the_literal_suppression(data):
     images = [{"id": i, "width": 90, "height": 40} for i in (3, 8)]
     tiles = cut_dataset({"images": images, "annotations": []}, tile_size=(40, 40), overlap=(10, 0))
-    coordinate = st.integers(0, 30)  # whole numbers, so that overlaps of exactly one half occur
+    # Whole numbers of few values, so that overlaps of about and of exactly one half occur. The
+    # second tile begins at 30.
+    down, side = st.integers(0, 6), st.sampled_from([0, 5, 8])
+    across = down | st.integers(30, 36)
     detection = st.fixed_dictionaries(
         {
             "image_id": st.sampled_from([tile["id"] for tile in tiles["images"]]),
             "category_id": st.integers(1, 2),
-            "bbox": st.tuples(coordinate, coordinate, coordinate, coordinate).map(list),
+            "bbox": st.tuples(across, down, side, side).map(list),
             "score": st.sampled_from([0.1, 0.25, 0.5, 0.9]),
         }
     )
