@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
+from torchvision.ops import box_convert
 from torchvision.tv_tensors import BoundingBoxes
 from torchvision.tv_tensors import Image as TVImage
 
@@ -19,9 +19,7 @@ from alphafpn.estimate.annotations import Annotations
 from tests.malformed import annotation, coco
 
 
-def reference(
-    content: dict[str, Any], category_ids: set[int] | None = None
-) -> list[tuple[tuple[int, int], torch.Tensor]]:
+def reference(content, category_ids=None):
     """What torchvision's references make of a COCO dict: (height, width) and boxes of each image.
 
     The tensor operations are those of `ConvertCocoPolysToMask` in references/detection.
@@ -45,7 +43,7 @@ def reference(
     return result
 
 
-def assert_equals(found: Annotations, expected: list[tuple[tuple[int, int], torch.Tensor]]) -> None:
+def assert_equals(found, expected):
     assert found.image_sizes.dtype == found.boxes_per_image.dtype == np.int64
     assert found.boxes.dtype == np.float32
     assert found.image_sizes.tolist() == [list(size) for size, _ in expected]
@@ -53,7 +51,7 @@ def assert_equals(found: Annotations, expected: list[tuple[tuple[int, int], torc
     assert np.array_equal(found.boxes, torch.cat([boxes for _, boxes in expected]).numpy())
 
 
-def assert_same(found: Annotations, expected: Annotations) -> None:
+def assert_same(found, expected):
     assert np.array_equal(found.image_sizes, expected.image_sizes)
     assert np.array_equal(found.boxes, expected.boxes)
     assert np.array_equal(found.boxes_per_image, expected.boxes_per_image)
@@ -61,7 +59,7 @@ def assert_same(found: Annotations, expected: Annotations) -> None:
     assert found.left_out == expected.left_out
 
 
-def write(directory: Path, content: dict[str, Any]) -> Path:
+def write(directory, content):
     path = directory / "annotations.json"
     path.write_text(json.dumps(content), encoding="utf-8")
     return path
@@ -74,7 +72,7 @@ sides = st.one_of(st.floats(0, 200, width=64), st.integers(0, 200), st.sampled_f
 
 
 @st.composite
-def coco_files(draw: st.DrawFn) -> dict[str, Any]:
+def coco_files(draw):
     ids = draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5, unique=True))
     side = st.integers(1, 120)
     images = [{"id": i, "width": draw(side), "height": draw(side)} for i in ids]
@@ -96,13 +94,13 @@ def coco_files(draw: st.DrawFn) -> dict[str, Any]:
 class Detection(torch.utils.data.Dataset[Any]):
     """A map-style dataset as torchvision's tutorials write them: never raises an IndexError."""
 
-    def __init__(self, items: list[tuple[Any, Any]]) -> None:
+    def __init__(self, items):
         self.items = items
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
+    def __getitem__(self, index):
         return self.items[index % len(self.items)]
 
 
@@ -122,7 +120,7 @@ EXPECTED = Annotations(
 LABELS = [[1, 2], [], [2, 2, 2]]
 
 
-def content_as_coco() -> dict[str, Any]:
+def content_as_coco():
     return coco(
         images=[
             {"id": 10 * n, "file_name": "missing.jpg", "height": height, "width": width}
@@ -141,49 +139,41 @@ def content_as_coco() -> dict[str, Any]:
     )
 
 
-def as_format(boxes: list[list[float]], name: str) -> list[list[float]]:
-    convert = {
-        "XYXY": lambda x1, y1, x2, y2: [x1, y1, x2, y2],
-        "XYWH": lambda x1, y1, x2, y2: [x1, y1, x2 - x1, y2 - y1],
-        "CXCYWH": lambda x1, y1, x2, y2: [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1],
-    }[name]
-    return [convert(*box) for box in boxes]
-
-
-def targets(make: Callable[[list[list[float]], tuple[int, int]], Any]) -> list[dict[str, Any]]:
+def pairs(make_image, make_boxes):
+    """An image and a target for each of the images."""
     return [
-        {"boxes": make(boxes, size), "labels": torch.tensor(labels, dtype=torch.int64)}
+        (
+            make_image(*size),
+            {"boxes": make_boxes(boxes, size), "labels": torch.tensor(labels).int()},
+        )
         for (size, boxes), labels in zip(CONTENT, LABELS, strict=True)
     ]
 
 
-def images(make: Callable[[int, int], Any]) -> list[Any]:
-    return [make(height, width) for (height, width), _ in CONTENT]
-
-
-def pillow(height: int, width: int) -> Image.Image:
+def pillow(height, width):
     return Image.new("RGB", (width, height))
 
 
-def tensor(height: int, width: int) -> torch.Tensor:
+def tensor(height, width):
     return torch.zeros(3, height, width)
 
 
-def bounding_boxes(name: str) -> Callable[[list[list[float]], tuple[int, int]], BoundingBoxes]:
-    return lambda boxes, size: BoundingBoxes(
-        as_format(boxes, name), format=name, canvas_size=size, dtype=torch.float32
-    )
+def no_image(height, width):
+    return None
 
 
-def plain(boxes: list[list[float]], size: tuple[int, int]) -> torch.Tensor:
+def plain(boxes, size):
     return torch.tensor(boxes).reshape(-1, 4)
 
 
-def pairs(first: list[Any], second: list[Any]) -> list[tuple[Any, Any]]:
-    return list(zip(first, second, strict=True))
+def bounding_boxes(name):
+    def make(boxes, size):
+        converted = box_convert(plain(boxes, size), "xyxy", name.lower()).tolist()
+        return BoundingBoxes(converted, format=name, canvas_size=size, dtype=torch.float32)
+
+    return make
 
 
-SIZES = [size for size, _ in CONTENT]
 ITERABLES: dict[str, Callable[[], Any]] = {
     "lists": lambda: CONTENT,
     "generator": lambda: (item for item in CONTENT),
@@ -200,31 +190,27 @@ ITERABLES: dict[str, Callable[[], Any]] = {
     ],
 }
 DATASETS: dict[str, Callable[[], Any]] = {
-    "PIL": lambda: Detection(pairs(images(pillow), targets(plain))),
-    "tensor": lambda: Detection(pairs(images(tensor), targets(plain))),
+    "PIL": lambda: Detection(pairs(pillow, plain)),
+    "tensor": lambda: Detection(pairs(tensor, plain)),
     "tv_tensor": lambda: Detection(
-        pairs(images(lambda h, w: TVImage(torch.zeros(1, h, w))), targets(bounding_boxes("XYXY")))
+        pairs(lambda *size: TVImage(tensor(*size)), bounding_boxes("XYXY"))
     ),
-    "XYWH": lambda: Detection(pairs(images(pillow), targets(bounding_boxes("XYWH")))),
-    "CXCYWH": lambda: Detection(pairs(images(pillow), targets(bounding_boxes("CXCYWH")))),
-    "size from canvas": lambda: Detection(pairs([None] * 3, targets(bounding_boxes("XYXY")))),
-    "generator": lambda: (item for item in pairs(images(pillow), targets(plain))),
-    "triples, as DeepForest's": lambda: Detection(
-        [(*pair, "a.png") for pair in pairs(images(tensor), targets(plain))]
-    ),
+    "XYWH": lambda: Detection(pairs(pillow, bounding_boxes("XYWH"))),
+    "CXCYWH": lambda: Detection(pairs(pillow, bounding_boxes("CXCYWH"))),
+    "size from canvas": lambda: Detection(pairs(no_image, bounding_boxes("XYXY"))),
+    "generator": lambda: (item for item in pairs(pillow, plain)),
+    "triples, as DeepForest's": lambda: Detection([(*p, "a.png") for p in pairs(tensor, plain)]),
     "dictionaries": lambda: Detection(
-        [{"image": i, **target} for i, target in pairs(images(pillow), targets(plain))]
+        [{"image": i, **target} for i, target in pairs(pillow, plain)]
     ),
     "dictionaries, as TorchGeo's": lambda: Detection(
         [
             {"image": i, "bbox_xyxy": target["boxes"], "label": target["labels"], "crs": None}
-            for i, target in pairs(images(tensor), targets(plain))
+            for i, target in pairs(tensor, plain)
         ]
     ),
     "subset of a subset": lambda: Subset(
-        Subset(Detection(pairs(images(pillow), targets(plain))), [2, 1, 0]), [2, 1, 0]
+        Subset(Detection(pairs(pillow, plain)), [2, 1, 0]), [2, 1, 0]
     ),
-    "concatenated": lambda: ConcatDataset(
-        [Detection([item]) for item in pairs(images(pillow), targets(plain))]
-    ),
+    "concatenated": lambda: ConcatDataset([Detection([item]) for item in pairs(pillow, plain)]),
 }

@@ -5,17 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-_HOW = ".*docs/recipes.md#convert-annotations"
+_HOW = ".*recipe .Convert annotations. in the documentation"
 _OPTIONAL = ("area", "iscrowd", "ignore", "category_id", "segmentation", "id")
-
-
-class Malformed(NamedTuple):
-    """A file that stops, and a regular expression that the message about it matches."""
-
-    content: bytes
-    message: str
 
 
 def coco(**changes: Any) -> dict[str, Any]:
@@ -168,81 +161,87 @@ LEFT_OUT: dict[str, tuple[dict[str, Any], str]] = {
     "outside": ({"bbox": [700, 10, 5, 5]}, "outside the image"),
 }
 
-MALFORMED: dict[str, Malformed] = {
+# A file that stops, and a regular expression that the message about it matches.
+MALFORMED: dict[str, tuple[bytes, str]] = {
     # Not JSON
-    "0 bytes": Malformed(b"", "found an empty file"),
-    "only white space": Malformed(b" \n", "found an empty file"),
-    "truncated": Malformed(_VALID[:-50], r"at character \d+, near .*"),
-    "truncated in a number": Malformed(_VALID[: _VALID.index(b"30.0") + 2], "where the file ends"),
-    "trailing comma": Malformed(_VALID[:-1] + b",}", "double quotes.* near .*,}"),
-    "trailing text": Malformed(_VALID + b"]", r"Extra data.* at character \d+, near"),
-    "JSON lines": Malformed(b'{"id": 1}\n{"id": 2}\n', "Extra data"),
-    "HTML": Malformed(b"<html>Not found</html>", "found XML"),
-    "an image": Malformed(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "at character 0, near .*PNG"),
-    "zeros": Malformed(bytes(100), r"at character 0"),
-    "UTF-16": Malformed(json.dumps(coco()).encode("utf-16"), "found UTF-16 or UTF-32 text"),
-    "UTF-16 without mark": Malformed(json.dumps(coco()).encode("utf-16-be"), "found UTF-16"),
-    "UTF-32": Malformed(json.dumps(coco()).encode("utf-32-be"), "found UTF-16 or UTF-32 text"),
-    "gzip": Malformed(gzip.compress(_VALID), "found a gzip file: unpack it first"),
-    "zip": Malformed(b"PK\x03\x04" + bytes(50), "found a zip file: unpack it first"),
-    "comment": Malformed(b"// boxes\n" + _VALID, "at character 0, near '// boxes"),
-    "in a long line": Malformed(
+    "0 bytes": (b"", "found an empty file"),
+    "only white space": (b" \n", "found an empty file"),
+    "truncated": (_VALID[:-50], r"ends too early, at character \d+, after .*"),
+    "truncated in a number": (_VALID[: _VALID.index(b"30.0") + 2], "one that ends too early, at"),
+    "trailing comma": (_VALID[:-1] + b",}", "double quotes.* near .*,}"),
+    "trailing text": (_VALID + b"]", r"Extra data.* at character \d+, near"),
+    "JSON lines": (b'{"id": 1}\n{"id": 2}\n', "Extra data"),
+    "HTML": (b"<html>Not found</html>", "found XML"),
+    "an image": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "at character 0, near .*PNG"),
+    "zeros": (bytes(100), r"at character 0"),
+    "UTF-16": (json.dumps(coco()).encode("utf-16"), "found UTF-16 or UTF-32 text"),
+    "UTF-16 without mark": (json.dumps(coco()).encode("utf-16-be"), "found UTF-16"),
+    "UTF-32": (json.dumps(coco()).encode("utf-32-be"), "found UTF-16 or UTF-32 text"),
+    "gzip": (gzip.compress(_VALID), "found a gzip file: unpack it first"),
+    "zip": (b"PK\x03\x04" + bytes(50), "found a zip file: unpack it first"),
+    "comment": (b"// boxes\n" + _VALID, "at character 0, near '// boxes"),
+    "in a long line": (
         b'["' + b"a" * 99 + b'" x' + b"b" * 99,
         f"at character 103, near '{'a' * 18}\" x{'b' * 19}'$",
     ),
-    "single quotes": Malformed(_VALID.replace(b'"', b"'"), r"double quotes.* at character 1"),
-    "nested deeply": Malformed(
-        _VALID.replace(b"[[", b"[" * 100_000, 1).replace(b"]]", b"]" * 100_000, 1), "too deeply"
+    "single quotes": (_VALID.replace(b'"', b"'"), r"double quotes.* at character 1"),
+    "nested deeply": (
+        _VALID.replace(b"[[", b"[" * 100_000, 1).replace(b"]]", b"]" * 100_000, 1),
+        "too deeply",
     ),
     # Other formats
-    "CSV of DeepForest": Malformed(
-        b"image_path,xmin,ymin,xmax,ymax,label\na.jpg,1,2,3,4,Tree\n", f"found a CSV file{_HOW}"
+    "CSV of DeepForest": (
+        b"image_path,xmin,ymin,xmax,ymax,label\na.jpg,1,2,3,4,Tree\n",
+        f"found a CSV file{_HOW}",
     ),
-    "YOLO": Malformed(b"0 0.5 0.5 0.1 0.2\n1 0.1 0.2 0.1 0.1\n", f"a YOLO label file{_HOW}"),
-    "one line of YOLO polygons": Malformed(b"3 .5 .5 1e-1 .2 .3 .4", f"a YOLO label file{_HOW}"),
-    "Pascal VOC": Malformed(
-        b'<?xml version="1.0"?>\n<annotation></annotation>', f"found XML, such as .*VOC.*{_HOW}"
+    "YOLO": (b"0 0.5 0.5 0.1 0.2\n1 0.1 0.2 0.1 0.1\n", f"a YOLO label file{_HOW}"),
+    "one line of YOLO polygons": (b"3 .5 .5 1e-1 .2 .3 .4", f"a YOLO label file{_HOW}"),
+    "Pascal VOC": (
+        b'<?xml version="1.0"?>\n<annotation></annotation>',
+        f"found XML, such as .*VOC.*{_HOW}",
     ),
     # JSON, but not COCO annotations
-    "a list of results": Malformed(
+    "a list of results": (
         json.dumps([{"image_id": 7, "bbox": [1, 2, 3, 4], "score": 0.5}]).encode(),
         "expected an object with `images` and `annotations`, found a list, such as detections",
     ),
-    "null": Malformed(b"null", "expected an object with `images` .* found None"),
-    "another object": Malformed(
-        b'{"type": "FeatureCollection"}', r"expected a list of `images`, found only \['type'\]"
+    "null": (b"null", "expected an object with `images` .* found None"),
+    "another object": (
+        b'{"type": "FeatureCollection"}',
+        r"expected a list of `images`, found only \['type'\]",
     ),
-    "no annotations": Malformed(_dump(annotations=None), "expected a list of `annotations`"),
-    "images by name": Malformed(_dump(images={"a.jpg": {}}), r"list of `images`, found \{'a.jpg'"),
-    "no images": Malformed(_dump(images=[]), r"image_id 7 in annotations\[0\], no images"),
+    "no annotations": (_dump(annotations=None), "expected a list of `annotations`"),
+    "images by name": (_dump(images={"a.jpg": {}}), r"list of `images`, found \{'a.jpg'"),
+    "no images": (_dump(images=[]), r"image_id 7 in annotations\[0\], no images"),
     # Images
-    "image without width": Malformed(
-        _images(width=None), r"images\[1\] \(id 3\): .* found \(200, None\)"
+    "image without id": (_images(id=None), r"images\[1\]: expected .* id, found None"),
+    "image is null": (_dump(images=[None]), r"images\[0\]: expected .* id, found None"),
+    "negative height": (
+        _images(height=-200),
+        r"images\[1\] \(id 3\): .* height -200 and width 100",
     ),
-    "image without id": Malformed(_images(id=None), r"images\[1\]: expected .* id, found None"),
-    "image is null": Malformed(_dump(images=[None]), r"images\[0\]: expected .* id, found None"),
-    "width 0": Malformed(_images(width=0), r"images\[1\] \(id 3\).* found \(200, 0\)"),
-    "width -1": Malformed(_images(width=-1), r"images\[1\] \(id 3\).* found \(200, -1\)"),
-    "negative height": Malformed(_images(height=-200), r"images\[1\] \(id 3\).*\(-200, 100\)"),
-    "width of a string": Malformed(_images(width="100"), r"images\[1\].* found \(200, '100'\)"),
-    "width of a fraction": Malformed(_images(width=100.5), r"images\[1\].* found \(200, 100.5\)"),
-    "width of NaN": Malformed(_images(width=float("nan")), r"images\[1\].* found \(200, nan\)"),
-    "huge width": Malformed(_images(width=10**12), r"images\[1\] \(id 3\).*1000000000000\)"),
-    "width beyond 64 bits": Malformed(_images(width=10**30), r"images\[1\] \(id 3\)"),
-    "duplicate image ids": Malformed(_images(id=7), r"images\[1\].*found 7.* images\[0\]"),
-    "the same id as a float": Malformed(_images(id=7.0), r"images\[1\].*found 7.* images\[0\]"),
-    "no annotation finds an image": Malformed(
+    **{
+        f"width {width!r}": (
+            _images(width=width),
+            rf"images\[1\] \(id 3\): .* height 200 and width {width!r}",
+        )
+        for width in (None, 0, -1, "100", 100.5, float("nan"), 10**12, 10**30)
+    },
+    "duplicate image ids": (_images(id=7), r"images\[1\].*found 7.* images\[0\]"),
+    "the same id as a float": (_images(id=7.0), r"images\[1\].*found 7.* images\[0\]"),
+    "no annotation finds an image": (
         _VALID.replace(b'"image_id": 7', b'"image_id": "7"').replace(
             b'"image_id": 3', b'"image_id": "3"'
         ),
         r"on the images of the file.*image_id '7' in annotations\[0\], id 7 in images\[0\]",
     ),
     # Nothing left to count
-    "no boxes": Malformed(_dump(annotations=[]), "found none in 2 images"),
-    "only crowds": Malformed(
-        _dump(annotations=[annotation(iscrowd=1)]), r"found none in 2 images \(left out: 1 crowd\)"
+    "no boxes": (_dump(annotations=[]), "found none in 2 images"),
+    "only crowds": (
+        _dump(annotations=[annotation(iscrowd=1)]),
+        r"found none in 2 images \(left out: 1 crowd\)",
     ),
-    "only broken boxes": Malformed(
+    "only broken boxes": (
         _dump(annotations=[annotation(bbox=[]), annotation(bbox=[]), annotation(bbox=[5])]),
         r"found none in 2 images \(left out: 2 no box, 1 not four finite numbers\)",
     ),

@@ -8,9 +8,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torchvision.models import detection
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -60,18 +57,6 @@ def make_patched(alpha, **kwargs):
             if name.startswith("gates"):
                 parameter.add_(0.1)
     return fpn
-
-
-def make_retinanet() -> detection.RetinaNet:
-    """A RetinaNet of a few thousand weights."""
-    body = nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 4, 3, 4, 1), nn.ReLU()),
-        nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1), nn.ReLU()),
-        nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU()),
-    )
-    backbone = BackboneWithFPN(body, {"0": "0", "1": "1", "2": "2"}, [4, 6, 8], 32)
-    anchors = AnchorGenerator(((8,), (16,), (32,), (64,)), ((1.0,),) * 4)
-    return detection.RetinaNet(backbone, 2, anchor_generator=anchors, min_size=64, max_size=64)
 
 
 def make_features(levels=4, size=24, images=2, seed=0) -> OrderedDict[str, Tensor]:

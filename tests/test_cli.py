@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,30 +14,19 @@ from torchvision.models import detection
 from alphafpn import __version__, cli, compare_anchors, estimate_alpha_for
 from alphafpn.cli import main
 from alphafpn.estimate.report import warnings
-from tests.malformed import MALFORMED, annotation, coco
+from tests.malformed import annotation, coco
 
 RETINANET = ("--detector", "retinanet_resnet50_fpn_v2")
 
 
 @pytest.fixture
-def annotations(tmp_path: Path) -> Path:
+def annotations(tmp_path):
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps(coco()))
     return path
 
 
-def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "alphafpn", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        check=False,
-    )
-
-
-def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+def fail(capsys, *arguments):
     """The one line of an error."""
     with pytest.raises(SystemExit) as exit_:
         main([str(a) for a in arguments])
@@ -48,7 +35,6 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert captured.out == ""
     assert captured.err.startswith("alphafpn: error: ")
     assert captured.err.count("\n") == 1
-    assert len(captured.err) < 1000
     return captured.err
 
 
@@ -159,13 +145,6 @@ def test_plot_is_a_picture(annotations, tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_files_are_one_line_and_exit_code_2(name, tmp_path, capsys):
-    path = tmp_path / "broken.json"
-    path.write_bytes(MALFORMED[name].content)
-    assert str(path) in fail(capsys, "estimate", path, *RETINANET)
-
-
 KNOWN = "estimate a.json --detector retinanet_resnet50_fpn_v2"
 
 
@@ -200,30 +179,12 @@ def test_mistakes_on_the_command_line(arguments, message, capsys):
     assert message in fail(capsys, *arguments.split())
 
 
-def test_mobilenet_is_refused_with_its_levels(annotations, capsys):
-    error = fail(capsys, "estimate", annotations, "--detector", "fasterrcnn_mobilenet_v3_large_fpn")
-    assert "level 1" in error
-    assert "level 0" in error
-
-
 @pytest.mark.parametrize("name", ["tiny_retinanet", "tiny_faster_rcnn"])
 def test_tiny_detectors_by_name(name, annotations, capsys):
     main(["estimate", str(annotations), "--detector", name, "--json"])
     printed = json.loads(capsys.readouterr().out)
     assert printed["level_names"] == ["P2", "P3", "P4", "P5", "P6"]
     assert printed["num_boxes"] == 2
-
-
-def test_as_a_program(annotations, tmp_path):
-    good = run("estimate", annotations, *RETINANET, "--json")
-    assert good.returncode == 0
-    assert json.loads(good.stdout)["num_boxes"] == 2
-    bad = run("estimate", tmp_path, *RETINANET)
-    assert bad.returncode == 2
-    assert bad.stdout == ""
-    assert bad.stderr.startswith("alphafpn: error: ")
-    assert bad.stderr.count("\n") == 1
-    assert "Traceback" not in bad.stderr
 
 
 def test_the_demo_is_called_with_its_options(monkeypatch, capsys):

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections import OrderedDict
 from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import nn
 from torchvision.models import get_model
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 from alphafpn import (
     AnchorComparison,
@@ -25,14 +22,16 @@ from alphafpn import (
 )
 from alphafpn.tiny import tiny_retinanet
 from tests.anchor_sets import seeds
-from tests.detectors import make_faster_rcnn, make_fcos, make_retinanet
-from tests.estimate.test_for_detector import (
-    assert_same,
-    draw_dataset,
+from tests.detectors import (
+    make_faster_rcnn,
+    make_fcos,
+    make_retinanet,
+    make_stages,
     small_detector,
-    snapshot,
 )
+from tests.estimate.test_for_detector import draw_dataset
 from tests.malformed import coco
+from tests.states import assert_unchanged, snapshot
 
 KINDS = {
     "retinanet": {"sizes": (16, 32, 64, 128)},
@@ -49,24 +48,13 @@ def stock(name, **options):
 
 
 def resizing(kind="retinanet"):
-    """A small detector with maps at strides 8 to 32, and a stage at stride 4 but for `faster`."""
-    channels = 32 if kind == "fcos" else 8
-    strides = (2, 2, 2, 2, 2) if kind != "faster" else (4, 2, 2, 2)
-    widths = (3, *(6,) * len(strides))
-    body = nn.Sequential(
-        OrderedDict(
-            (f"stage{i}", nn.Conv2d(widths[i], widths[i + 1], 3, stride, 1))
-            for i, stride in enumerate(strides)
-        )
-    )
-    taps = list(dict(body.named_children()))[-3:] if kind != "faster" else [*body._modules]
-    backbone = BackboneWithFPN(
-        body, {tap: str(i) for i, tap in enumerate(taps)}, [6] * len(taps), channels
-    )
+    """A small detector with maps at strides 8 to 32, and from 4 for `faster`."""
+    levels = 4 if kind == "faster" else 3
+    backbone = make_stages(levels, out=32)
     options = {"min_size": 480, "max_size": 800}
     if kind == "fcos":
         return make_fcos(backbone, 4, **options)
-    sizes = tuple((32 << i,) for i in range(len(taps) + 1))
+    sizes = tuple((32 << i,) for i in range(levels + 1))
     generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     if kind == "faster":
         return make_faster_rcnn(backbone, rpn_anchor_generator=generator, **options)
@@ -163,19 +151,37 @@ def test_the_scale_is_the_best_of_all_scales():
         assert row.anchor_scale == 1 or reached(closer) < reached(row.anchor_scale)
 
 
+def comparison_of(rows):
+    """Makes a comparison of these rows, had they reached other shares."""
+
+    def compared(*reached):
+        pairs = zip(rows, reached, strict=True)
+        changed = tuple(replace(row, reached=share) for row, share in pairs)
+        return AnchorComparison(changed, False, (), (), ())
+
+    return compared
+
+
 def test_the_best_row_is_the_cheapest_among_similar_ones():
-    rows = compare_anchors(resizing(), small_objects(10)).rows
+    compared = comparison_of(compare_anchors(resizing(), small_objects(10)).rows)
+    for reached, best in (((0.9, 0.915, 0.915), 0), ((0.5, 0.9, 0.915), 1), ((0.5, 0.8, 0.915), 2)):
+        found = compared(*reached, 1.0, 1.0)
+        assert found.rows.index(found.best) == best
+        assert ("There is nothing to adapt" in str(found)) == (best == 0)
 
-    def best(*reached):
-        made = [replace(row, reached=r) for row, r in zip(rows, reached, strict=False)]
-        found = AnchorComparison(tuple(made), False, (), (), ())
-        return made.index(found.best), str(found)
 
-    assert best(0.9, 0.915, 0.915, 1.0, 1.0)[0] == 0
-    assert "There is nothing to adapt" in best(0.9, 0.915, 0.915, 1.0, 1.0)[1]
-    assert best(0.5, 0.90, 0.915, 1.0, 1.0)[0] == 1
-    assert best(0.5, 0.80, 0.915, 1.0, 1.0)[0] == 2
-    assert "nothing to adapt" not in best(0.5, 0.80, 0.915, 1.0, 1.0)[1]
+def test_a_larger_input_is_a_finding_if_it_reaches_ten_points_more():
+    compared = comparison_of(compare_anchors(resizing(), small_objects(10)).rows)
+    assert len(compared(0.5, 0.5, 0.5, 0.6, 0.6).findings()) == 0
+    (finding,) = compared(0.5, 0.5, 0.5, 0.6, 0.7).findings()
+    row = compared(0.5, 0.5, 0.5, 0.6, 0.7).rows[4]
+    assert finding == (
+        "on an input 2 times as large 70% of the boxes reach IoU 0.5, for "
+        f"{row.cost:.1f} times the cost: adapt_detector(model, {row.anchor_scale:g}, input_scale=2)"
+    )
+    # What loses most comes first.
+    findings = compared(0.1, 0.2, 0.3, 0.3, 0.9).findings()
+    assert [text.split()[0] for text in findings] == ["on", "10%"]
 
 
 def test_fcos_counts_boxes_that_own_a_location():
@@ -198,7 +204,7 @@ def test_the_file_is_read_once_and_the_model_stays(tmp_path, monkeypatch):
         found.rows = ()
     with pytest.raises(FrozenInstanceError):
         found.rows[0].input_scale = 2
-    assert_same(snapshot(model), before)
+    assert_unchanged(model, before)
     assert {row.estimate.clamp for row in compare_anchors(model, path).rows} == {(0.2, 2.0)}
     assert {row.estimate.clamp for row in found.rows} == {(0.5, 1.0)}
 
@@ -230,7 +236,9 @@ def test_hand_made_anchors_are_scaled_about_their_centres():
         torch.tensor([[1.0, 2, 1 + 8 * 2**i, 2 + 16 * 2**i]] * 3) for i in range(4)
     ]
     dataset = draw_dataset(np.random.default_rng(0))
-    row = compare_anchors(model, dataset).rows[1]
+    found = compare_anchors(model, dataset)
+    assert "anchor sizes of the best row" not in str(found)
+    row = found.rows[1]
     assert row.anchor_sizes == ()
     assert row.different_anchors == (1, 1, 1, 1)
     adapted = adapt_detector(copy.deepcopy(model), row)
@@ -266,6 +274,20 @@ def test_the_table():
     assert lines[-1].startswith("adapt_detector(model, 0.")
     assert json.loads(json.dumps(found.to_list(), allow_nan=False)) == found.to_list()
     assert [row["best"] for row in found.to_list()].count(True) == 1
+
+
+def test_notes_below_the_table_are_there_if_they_apply():
+    def shown(*numbers):
+        """As many boxes as given with the size of the anchors of each level, as it is."""
+        half = torch.tensor([16.0, 32, 64, 128]).repeat_interleave(torch.tensor(numbers))[:, None]
+        boxes = torch.cat([256 - half, 256 - half, 256 + half, 256 + half], 1)
+        rows = compare_anchors(resizing(), [((480, 640), boxes)]).rows
+        return str(AnchorComparison(rows[:1], False, (), (), ()))
+
+    assert "* set by the clamp" not in shown(22, 14, 8, 6)
+    assert "* set by the clamp" in shown(22, 2, 8, 6)
+    assert "not reliable" not in shown(22, 14, 8, 6)  # 50 boxes
+    assert "not reliable: 49 boxes, fewer than 50" in shown(22, 14, 8, 5)
 
 
 def test_findings_are_ordered_by_the_objects_they_cost():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import contextlib
 import re
 import threading
 from collections import OrderedDict
@@ -32,6 +32,7 @@ from tests.detectors import (
 )
 from tests.pictures import drawn
 from tests.pyramids import KINDS
+from tests.states import assert_unchanged, snapshot
 
 FACTORS = [0.5, 0.25]
 
@@ -128,16 +129,13 @@ def test_a_feature_that_no_gradient_reaches_is_nan_and_prints():
     assert str(result).splitlines()[2].split() == ["C", "c0", "-", "-", "-"]
 
 
+def test_gradients_too_small_for_their_squares_are_measured():
+    result = gradient_shares(ByHand([1e-30, 1e-20, 1.0]), IMAGES, [{}, {}])
+    expected = shares_by_hand([1e-30, 1e-20, 1.0], [1.0, 1.0])
+    torch.testing.assert_close(result.norms, expected, rtol=1e-6, atol=0)
+
+
 # torchvision's detectors
-
-
-@pytest.mark.parametrize("build", BUILDERS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_alpha_one_measures_as_stock(build, kind):
-    stock = gradient_shares(make_detector(build), *make_batch())
-    patched = gradient_shares(make_detector(build, kind([1.0, 1.0])), *make_batch())
-    assert torch.equal(patched.norms, stock.norms)
-    assert patched.level_names == stock.level_names
 
 
 @pytest.mark.parametrize("build", BUILDERS)
@@ -189,23 +187,6 @@ def test_images_without_boxes_are_measured(build):
 # No trace
 
 
-def snapshot(model):
-    """Everything that a module holds, with the identity and the value of each tensor."""
-    result = {}
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            result[path, name] = id(value)
-            if isinstance(value, dict):
-                result[path, name, "items"] = [(k, id(v)) for k, v in value.items()]
-            elif isinstance(value, bool | list):
-                result[path, name, "value"] = repr(value)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        result[name] = (tensor.detach().clone().numpy().tobytes(), tensor.requires_grad)
-        result[name, "grad"] = (id(tensor.grad), repr(tensor.grad))
-        result[name, "version"] = tensor._version
-    return result
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("build", BUILDERS)
 def test_nothing_changes(build, training):
@@ -215,40 +196,18 @@ def test_nothing_changes(build, training):
     for parameter in model.backbone.body["1"].parameters():
         parameter.requires_grad_(False)
     model.backbone.register_forward_hook(lambda module, args, output: None)
-    before, states = snapshot(model), random_states()
+    before = snapshot(model)
     gradient_shares(model, *make_batch())
-    after = snapshot(model)
-    assert list(after) == list(before)
-    for name, value in before.items():
-        assert after[name] == value, name
-    assert random_states() == states
-
-
-def random_states():
-    states = [torch.get_rng_state().numpy().tobytes(), random.getstate()]
-    states.append(repr(np.random.get_state()))  # noqa: NPY002
-    if torch.cuda.is_available():
-        states.append([state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()])
-    return states
+    assert_unchanged(model, before)
 
 
 def test_nothing_changes_when_it_fails():
     model = make_detector(make_retinanet).eval()
-    before, states = snapshot(model), random_states()
+    before = snapshot(model)
     images, targets = make_batch()
     with pytest.raises(ValueError, match=r"All bounding boxes should have positive .*index 0"):
         gradient_shares(model, images, [{**targets[0], "boxes": torch.zeros(2, 4)}, targets[1]])
-    assert snapshot(model) == before
-    assert random_states() == states
-
-
-def test_frozen_weights_and_no_grad_do_not_matter():
-    model = make_detector(make_retinanet, FACTORS)
-    expected = gradient_shares(model, *make_batch())
-    model.requires_grad_(False)
-    with torch.no_grad():
-        assert torch.equal(gradient_shares(model, *make_batch()).norms, expected.norms)
-        assert not torch.is_grad_enabled()
+    assert_unchanged(model, before)
 
 
 def test_parts_in_evaluation_mode_stay_so():
@@ -265,9 +224,9 @@ def test_on_a_gpu(build):
     images, targets = make_batch()
     images = [image.cuda() for image in images]
     targets = [{name: value.cuda() for name, value in target.items()} for target in targets]
-    states = random_states()
+    before = snapshot(model)
     result = gradient_shares(model, images, targets)
-    assert random_states() == states
+    assert_unchanged(model, before)
     assert result.norms.device.type == "cpu"
     assert torch.equal(gradient_shares(model, images, targets).norms, result.norms)
 
@@ -298,52 +257,43 @@ def test_the_detector_inside_a_module_is_measured(build, training):
     assert all(module.training is training for module in task.modules())
 
 
-def test_several_detectors_are_named():
-    task = Task(nn.ModuleDict({"a": make_fcos(), "b": make_fcos()}))
-    with pytest.raises(TypeError, match=r"model.a.backbone.fpn, model.b.backbone.fpn in Task"):
-        gradient_shares(task, *make_batch())
+class NoDouble(TorchDispatchMode):
+    """As on MPS, which has no float64; only what was copied to the CPU may be of it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            assert result.ndim <= 2, func
+        return result
 
 
-def test_inference_mode_does_not_matter():
-    expected = gradient_shares(make_detector(make_fcos, FACTORS), *make_batch())
-    model = make_detector(make_fcos, FACTORS)
-    with torch.inference_mode():
-        result = gradient_shares(model, *make_batch())
-    assert torch.equal(result.norms, expected.norms)
-
-
-def test_nothing_needs_float64_on_the_device():
-    """As on MPS, which has none; only what was copied to the CPU may be float64."""
-
-    class NoDouble(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
-                assert result.ndim <= 2, func
-            return result
-
-    expected = gradient_shares(make_detector(make_fcos, FACTORS), *make_batch())
-    with NoDouble():
-        result = gradient_shares(make_detector(make_fcos, FACTORS), *make_batch())
-    assert torch.equal(result.norms, expected.norms)
-
-
-def test_gradients_too_small_for_their_squares_are_measured():
-    result = gradient_shares(ByHand([1e-30, 1e-20, 1.0]), IMAGES, [{}, {}])
-    expected = shares_by_hand([1e-30, 1e-20, 1.0], [1.0, 1.0])
-    torch.testing.assert_close(result.norms, expected, rtol=1e-6, atol=0)
-
-
-def test_compiled_models_are_measured_as_the_original():
+def compiled(model):
     def backend(graph, inputs):
         pytest.fail("compiled code ran")
 
-    expected = gradient_shares(make_detector(make_fcos, FACTORS), *make_batch())
-    model = make_detector(make_fcos, FACTORS)
     model.backbone.fpn = torch.compile(model.backbone.fpn, backend=backend)
     model.head.compile(backend=backend)
-    compiled = torch.compile(model, backend=backend)
-    assert torch.equal(gradient_shares(compiled, *make_batch()).norms, expected.norms)
+    return torch.compile(model, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "mode"),
+    [
+        (compiled, contextlib.nullcontext()),
+        (lambda model: model.requires_grad_(False), torch.no_grad()),
+        (lambda model: model, torch.inference_mode()),
+        (lambda model: model, NoDouble()),
+    ],
+    ids=["compiled", "frozen and without gradients", "inference mode", "without float64"],
+)
+def test_equals_the_original_in_other_modes(prepare, mode):
+    expected = gradient_shares(make_detector(make_fcos, FACTORS), *make_batch())
+    model = prepare(make_detector(make_fcos, FACTORS))
+    with mode:
+        grad = torch.is_grad_enabled()
+        result = gradient_shares(model, *make_batch())
+        assert torch.is_grad_enabled() == grad
+    assert torch.equal(result.norms, expected.norms)
 
 
 def test_ddp_measures_the_module_inside_on_its_own_images(monkeypatch, tmp_path):
@@ -408,9 +358,8 @@ def make_mask_rcnn():
     return model
 
 
-LABELS = torch.ones(2, dtype=torch.int64)
-BOXES = torch.tensor([[4.0, 4.0, 14.0, 16.0], [20.0, 20.0, 52.0, 50.0]])
-GIVEN = {"boxes": BOXES, "labels": LABELS}
+GIVEN = make_batch()[1][0]
+BOXES, LABELS = GIVEN.values()
 
 
 @pytest.mark.parametrize(
@@ -435,6 +384,25 @@ def test_targets_that_the_detector_cannot_train_on_are_named(build, target, foun
     images, targets = make_batch()
     with pytest.raises(ValueError, match=rf"^targets\[1\]: expected .*{re.escape(found)}"):
         gradient_shares(make_detector(build), images, [targets[0] | MASKS, target])
+
+
+@pytest.mark.parametrize(
+    ("build", "dtype", "taken"),
+    [
+        (make_retinanet, torch.int32, True),
+        (make_fcos, torch.int32, True),
+        (make_retinanet, torch.int16, False),
+        (make_faster_rcnn, torch.int64, True),
+        (make_faster_rcnn, torch.int32, False),
+    ],
+)
+def test_the_integers_that_labels_may_be(build, dtype, taken):
+    images, (target, other) = make_batch()
+    error = contextlib.nullcontext() if taken else pytest.raises(ValueError, match=f"found {dtype}")
+    with error:
+        gradient_shares(
+            make_detector(build), images, [target | {"labels": target["labels"].to(dtype)}, other]
+        )
 
 
 def test_masks_are_measured():
@@ -475,6 +443,10 @@ class NoPyramid(ByHand):
         ("model.pt", "expected a torch.nn.Module, found str"),
         (nn.Conv2d(1, 1, 1), "one FeaturePyramidNetwork, found none in Conv2d"),
         (nn.ModuleList([ByHand([1]), ByHand([1])]), "found 0.fpn, 1.fpn in ModuleList"),
+        (
+            Task(nn.ModuleDict({"a": make_fcos(), "b": make_fcos()})),
+            "found model.a.backbone.fpn, model.b.backbone.fpn in Task",
+        ),
         (NoLosses([1.0]), "expected a dict of losses in training, found list"),
         (NoPyramid([1.0]), "expected its pyramid to run once, it ran 0 times"),
     ],

@@ -89,18 +89,14 @@ def test_inference_differs_from_training_by_rounding(alpha, dtype):
         assert (found[name] - p).abs().max() <= rounding
 
 
-def test_factors_are_ordered_finest_edge_first():
-    stock, x = make_pyramid(), make_features()
-    with torch.no_grad():
-        for edge in range(3):
-            alpha = [1.0, 1.0, 1.0]
-            alpha[edge] = 0.5
-            found, expected = make_alpha(alpha)(x), stock(x)
-            changed = [not torch.equal(found[name], expected[name]) for name in x]
-            assert changed == [level <= edge for level in range(4)]
-
-
-@pytest.mark.parametrize("alpha", [LearnableAlpha(FACTORS), AttentionAlpha(FACTORS, reduction=1)])
+@pytest.mark.parametrize(
+    "alpha",
+    [
+        LearnableAlpha(FACTORS),
+        LearnableAlpha(0.3, shared=True),
+        AttentionAlpha(FACTORS, reduction=1),
+    ],
+)
 def test_gradients_of_factors_are_right_to_finite_differences(alpha):
     fpn = make_alpha(alpha).double()
     features = [c.double().requires_grad_() for c in make_features(size=8, images=1).values()]
@@ -215,14 +211,6 @@ def test_learnable_factors_are_a_parameter_that_starts_at_init(init, shared, sha
     assert_equal_maps(fpn(make_features()), make_alpha(0.3)(make_features()))
 
 
-def test_a_shared_factor_gets_the_sum_of_the_gradients():
-    shared, three = (make_alpha(LearnableAlpha(0.3, flag)) for flag in (True, False))
-    for fpn in (shared, three):
-        sum(p.square().sum() for p in fpn(make_features()).values()).backward()
-    assert (three.alpha.grad != 0).all()
-    torch.testing.assert_close(shared.alpha.grad, three.alpha.grad.sum()[None])
-
-
 def test_attention_starts_exactly_at_init_and_then_depends_on_the_image():
     fpn, x = make_alpha(AttentionAlpha(FACTORS, reduction=1)), make_features()
     seen = {}
@@ -247,17 +235,6 @@ def test_attention_starts_exactly_at_init_and_then_depends_on_the_image():
         assert (seen[i] < 2 * FACTORS[i]).all()
 
 
-def test_one_images_attention_ignores_the_others():
-    fpn, x = make_alpha(AttentionAlpha(FACTORS)), make_features(images=3)
-    with torch.no_grad():
-        for gate in fpn.gates:
-            gate.excite.weight.fill_(1.0)
-        alone = fpn(OrderedDict((name, c[1:2]) for name, c in x.items()))
-        together = fpn(x)
-    for name, p in alone.items():
-        torch.testing.assert_close(p, together[name][1:2])
-
-
 def test_hidden_units_follow_the_reduction():
     fpn = AlphaFeaturePyramidNetwork([8, 8], 32, alpha=AttentionAlpha(reduction=4))
     assert fpn.gates[0].squeeze.weight.shape == (8, 32)
@@ -275,12 +252,6 @@ def test_one_level_has_no_factor(alpha):
     (one,) = alpha_parameters(make_alpha(LearnableAlpha(), levels=2))
     assert one.requires_grad
     assert "alpha=[]" in repr(fpn)
-
-
-def test_descriptions_are_frozen():
-    for description in (LearnableAlpha(), AttentionAlpha()):
-        with pytest.raises(FrozenInstanceError):
-            description.init = 2.0
 
 
 def test_pyramids_share_no_factors():
@@ -303,10 +274,7 @@ def test_pyramids_share_no_factors():
 )
 def test_print_shows_the_factors(alpha, shown):
     assert shown in repr(nn.Sequential(make_alpha(alpha)))
-
-
-def test_pyramids_without_values_print():
-    assert "alpha=[?]" in repr(on_meta(0.5))
+    assert "alpha=[?]" in repr(on_meta(alpha))
 
 
 # Random state
@@ -391,26 +359,30 @@ def test_a_factor_that_is_not_finite_is_named_by_its_levels(kind, value):
         make_alpha(kind([0.5, value, 0.5]))
 
 
-def test_unequal_values_are_not_shared():
-    with pytest.raises(ValueError, match=r"shared=True expects equal values, found \[0.3, 0.4"):
-        LearnableAlpha([0.3, 0.4, 0.3], shared=True)
+UNEQUAL = r"init: shared=True expects equal values, found \[0.3, 0.4"
+SHARED = "LearnableAlpha.shared: expected a bool, found"
+REDUCTION = "reduction: expected a positive integer, found"
 
 
-@pytest.mark.parametrize("shared", ["no", None, 2])
-def test_shared_is_a_bool(shared):
-    with pytest.raises(TypeError, match=r"LearnableAlpha.shared: expected a bool, found"):
-        LearnableAlpha(shared=shared)
+@pytest.mark.parametrize(
+    ("kind", "given", "error", "message"),
+    [
+        (LearnableAlpha, {"init": [0.3, 0.4, 0.3], "shared": True}, ValueError, UNEQUAL),
+        *((LearnableAlpha, {"shared": v}, TypeError, SHARED) for v in ("no", None, 2)),
+        *((AttentionAlpha, {"reduction": v}, ValueError, REDUCTION) for v in (0, -1, 2.0, "4")),
+        *((AttentionAlpha, {"reduction": v}, ValueError, REDUCTION) for v in (True, None)),
+    ],
+)
+def test_descriptions_that_are_refused(kind, given, error, message):
+    with pytest.raises(error, match=message):
+        kind(**given)
 
 
-@pytest.mark.parametrize("reduction", [4, np.int64(4)])
-def test_a_reduction_may_be_any_integer(reduction):
-    assert AttentionAlpha(reduction=reduction) == AttentionAlpha(reduction=4)
-
-
-@pytest.mark.parametrize("reduction", [0, -1, 2.0, True, "4", None])
-def test_a_reduction_is_a_positive_integer(reduction):
-    with pytest.raises(ValueError, match="reduction: expected a positive integer, found"):
-        AttentionAlpha(reduction=reduction)
+def test_descriptions_are_frozen_and_a_reduction_may_be_any_integer():
+    assert AttentionAlpha(reduction=np.int64(4)) == AttentionAlpha(reduction=4)
+    for description in (LearnableAlpha(), AttentionAlpha()):
+        with pytest.raises(FrozenInstanceError):
+            description.init = 2.0
 
 
 # Checkpoints
@@ -440,12 +412,6 @@ def test_a_stock_checkpoint_lacks_what_attention_needs():
         make_alpha(AttentionAlpha()).load_state_dict(make_pyramid().state_dict())
 
 
-@pytest.mark.parametrize("alpha", [FACTORS, LearnableAlpha(FACTORS), AttentionAlpha(FACTORS)])
-def test_a_stock_pyramid_refuses_a_patched_checkpoint(alpha):
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*(alpha|gates)"):
-        make_pyramid().load_state_dict(make_alpha(alpha).state_dict(), strict=True)
-
-
 def test_missing_weights_are_still_missed():
     checkpoint = make_pyramid().state_dict()
     del checkpoint["inner_blocks.0.0.weight"]
@@ -453,22 +419,6 @@ def test_missing_weights_are_still_missed():
         RuntimeError, match=r'Missing key\(s\) in state_dict: "inner_blocks.0.0.weight"'
     ):
         make_alpha(FACTORS).load_state_dict(checkpoint)
-
-
-@pytest.mark.parametrize("alpha", [FACTORS, LearnableAlpha(FACTORS)])
-def test_keys_of_the_oldest_format_are_renamed_as_in_the_parent(alpha):
-    stock = make_pyramid()
-    old = OrderedDict(
-        (name.replace(".0.weight", ".weight").replace(".0.bias", ".bias"), tensor + 1)
-        for name, tensor in stock.state_dict().items()
-    )
-    assert "inner_blocks.0.weight" in old
-    ours = make_alpha(alpha)
-    ours.load_state_dict(copy.copy(old), strict=True)
-    stock.load_state_dict(copy.copy(old), strict=True)
-    for name, tensor in stock.state_dict().items():
-        assert torch.equal(ours.state_dict()[name], tensor)
-    assert torch.equal(ours.alpha.detach(), torch.tensor(FACTORS))
 
 
 # Without values: the meta device
@@ -527,10 +477,8 @@ def test_factors_follow_weights_that_were_filled_one_by_one(alpha):
 
 
 @pytest.mark.usefixtures("garbage")
-def test_gates_restart_as_new_ones_and_want_their_checkpoint():
+def test_gates_restart_as_new_ones():
     fpn = on_meta(AttentionAlpha(FACTORS)).to_empty(device="cpu")
-    with pytest.raises(RuntimeError, match=r"Missing key.*gates.0.squeeze.weight"):
-        fpn.load_state_dict(make_pyramid().state_dict(), strict=True)
     fpn.load_state_dict(make_pyramid().state_dict(), strict=False)
     assert_equal_maps(fpn(make_features()), make_alpha(FACTORS)(make_features()))
     assert all(p.isfinite().all() for p in alpha_parameters(fpn))

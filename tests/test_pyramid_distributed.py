@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from alphafpn.pyramid import AttentionAlpha, LearnableAlpha, alpha_parameters
 from alphafpn.surgery import patch_detector
-from tests.pyramids import make_features, make_pyramid, make_retinanet
+from tests.detectors import make_batch, make_retinanet
+from tests.pyramids import make_features, make_pyramid
 
 KINDS = [
     0.367,
@@ -27,15 +28,6 @@ KINDS = [
 OLD = torch.__version__.startswith("2.6.")
 
 
-def training_batch() -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """Two images, the second without boxes."""
-    images = list(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
-    boxes = torch.tensor([[4.0, 4.0, 14.0, 16.0], [20.0, 20.0, 52.0, 50.0]])
-    labels = torch.ones(2, dtype=torch.int64)
-    targets = [{"boxes": boxes, "labels": labels}, {"boxes": boxes[:0], "labels": labels[:0]}]
-    return images, targets
-
-
 def gradients(run, model: nn.Module, images, targets) -> dict[str, torch.Tensor]:
     model.zero_grad()
     sum(run(images, targets).values()).backward()
@@ -45,13 +37,15 @@ def gradients(run, model: nn.Module, images, targets) -> dict[str, torch.Tensor]
 def check_ddp(alpha, rank: int) -> None:
     torch.manual_seed(0)
     single = patch_detector(make_retinanet().train(), alpha)
+    single.backbone.body.eval()  # no statistics of the batch, no dropout
     for parameter in alpha_parameters(single):
         parameter.data.add_(0.1)
     model = copy.deepcopy(single)
     wrapped = DistributedDataParallel(model)
     assert len(alpha_parameters(wrapped)) == len(alpha_parameters(single))
 
-    images, targets = training_batch()
+    images, targets = make_batch()
+    images[1] = images[0].flip(-1)  # images of one size are padded as each of them alone
     mine = slice(rank, rank + 1)
     expected = gradients(single, single, images, targets)
     for parameter in alpha_parameters(single):

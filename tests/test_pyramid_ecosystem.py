@@ -21,7 +21,6 @@ from tests.pyramids import (
     make_features,
     make_patched,
     make_pyramid,
-    make_retinanet,
     relative_error,
 )
 
@@ -130,22 +129,6 @@ class Flat(nn.Module):
 
     def forward(self, *maps):
         return tuple(self.fpn(OrderedDict(zip("0123", maps, strict=True))).values())
-
-
-@pytest.mark.parametrize("kind", [None, *KINDS])
-def test_scripted_detectors_agree(kind):
-    torch.manual_seed(0)
-    model = make_retinanet().eval()
-    model.score_thresh = 0.0
-    if kind is not None:
-        patch_detector(model, kind(FACTORS[:2]))
-    scripted = torch.jit.script(model)
-    images = [torch.rand(3, 64, 64)]
-    with torch.no_grad():
-        expected = model(images)[0]
-        _, (found,) = scripted(images)
-    assert len(expected["scores"]) > 10
-    assert_equal_maps(found, expected)
 
 
 # Precision and layout

@@ -8,7 +8,6 @@ import re
 
 import pytest
 import torch
-import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -24,6 +23,7 @@ from alphafpn.pyramid import (
     alpha_parameters,
 )
 from alphafpn.surgery import fold_alpha, patch_detector, unpatch_detector
+from tests.detectors import DETECTORS
 from tests.pyramids import (
     EXTRAS,
     FACTORS,
@@ -35,19 +35,7 @@ from tests.pyramids import (
     make_pyramid,
     relative_error,
 )
-
-DETECTORS = [
-    "fasterrcnn_mobilenet_v3_large_320_fpn",
-    "fasterrcnn_mobilenet_v3_large_fpn",
-    "fasterrcnn_resnet50_fpn",
-    "fasterrcnn_resnet50_fpn_v2",
-    "fcos_resnet50_fpn",
-    "keypointrcnn_resnet50_fpn",
-    "maskrcnn_resnet50_fpn",
-    "maskrcnn_resnet50_fpn_v2",
-    "retinanet_resnet50_fpn",
-    "retinanet_resnet50_fpn_v2",
-]
+from tests.states import assert_unchanged, snapshot
 
 
 class Detector(nn.Module):
@@ -68,25 +56,6 @@ def make_detector(alpha=None, **kwargs) -> Detector:
     return model if alpha is None else patch_detector(model, alpha)
 
 
-def snapshot(model: nn.Module) -> dict[str, object]:
-    """All that a refused operation could have changed."""
-    return {
-        **{name: (type(module), set(vars(module))) for name, module in model.named_modules()},
-        **{f"{name} value": t.clone() for name, t in model.state_dict(keep_vars=True).items()},
-        **{f"{name} id": id(t) for name, t in model.state_dict(keep_vars=True).items()},
-    }
-
-
-def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
-    after = snapshot(model)
-    assert list(after) == list(before)
-    for name, value in before.items():
-        if isinstance(value, torch.Tensor):
-            torch.testing.assert_close(after[name], value, rtol=0, atol=0, equal_nan=True)
-        else:
-            assert after[name] == value, name
-
-
 # Every detector of torchvision
 
 
@@ -104,11 +73,6 @@ def random_features(model: nn.Module) -> dict[str, torch.Tensor]:
 def in_double(fpn: nn.Module, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The outputs without the rounding of float32 sums, which is 1e-6 with 256 channels."""
     return copy.deepcopy(fpn).double()({name: c.double() for name, c in features.items()})
-
-
-def test_the_list_of_detectors_is_complete():
-    builders = torchvision.models.list_models(module=detection)
-    assert sorted(name for name in builders if "fpn" in name) == DETECTORS
 
 
 def test_every_detector_patches_folds_and_unpatches(detector):
@@ -157,20 +121,13 @@ def test_patching_keeps_everything_else(kind):
     model = make_detector(norm="batch")
     model.fpn.layer_blocks[0].train()
     model.fpn.inner_blocks[1].requires_grad_(False)
-    before, random_state = snapshot(model), torch.get_rng_state()
+    parts = [model.body, *model.fpn.children(), model.head]
+    before = [snapshot(part) for part in parts]
     patch_detector(model, kind(FACTORS))
-    assert torch.equal(torch.get_rng_state(), random_state)
-    after = snapshot(model)
-    for name, value in before.items():
-        if name == "fpn":
-            assert after[name][0] is AlphaFeaturePyramidNetwork
-        elif isinstance(value, torch.Tensor):
-            assert torch.equal(after[name], value)
-        else:
-            assert after[name] == value
-    assert [module.training for module in model.fpn.layer_blocks] == [True, False, False, False]
-    assert not any(p.requires_grad for p in model.fpn.inner_blocks[1].parameters())
-    assert all(p.requires_grad for p in model.fpn.inner_blocks[0].parameters())
+    for part, state in zip(parts, before, strict=True):
+        assert_unchanged(part, state)
+    assert list(model.children()) == [model.body, model.fpn, model.head]
+    assert list(model.fpn.children())[: len(parts) - 2] == parts[1:-1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -195,8 +152,8 @@ def test_hooks_stay_and_run():
     model, calls = make_detector(), []
     model.fpn.register_forward_pre_hook(lambda *args: calls.append("pre"))
     model.fpn.register_forward_hook(lambda *args: calls.append("post"))
-    for change in (lambda m: patch_detector(m, FACTORS), fold_alpha):
-        change(model)(make_features())
+    patch_detector(model, FACTORS)(make_features())
+    fold_alpha(model)(make_features())
     assert calls == ["pre", "post"] * 2
 
 
@@ -258,22 +215,27 @@ def test_patching_again_refills_the_same_tensors(kind):
     assert_equal_maps(model(make_features()), make_detector(FACTORS)(make_features()))
 
 
-@pytest.mark.parametrize("first", [*KINDS, lambda _: LearnableAlpha(0.3, shared=True)])
-@pytest.mark.parametrize("second", KINDS)
+def shared(_):
+    return LearnableAlpha(0.3, shared=True)
+
+
+def unreduced(factors):
+    return AttentionAlpha(factors, reduction=1)
+
+
+@pytest.mark.parametrize("first", [*KINDS, shared, unreduced])
+@pytest.mark.parametrize("second", [*KINDS, unreduced])
 def test_kinds_replace_each_other_without_a_trace(first, second):
     model, fresh = make_detector(first(FACTORS)), make_detector(second(FACTORS))
     patch_detector(model, second(FACTORS))
-    assert list(model.state_dict()) == list(fresh.state_dict())
-    assert list(dict(model.named_parameters())) == list(dict(fresh.named_parameters()))
+    shapes, expected = (
+        [(name, type(t), t.shape) for name, t in m.state_dict(keep_vars=True).items()]
+        for m in (model, fresh)
+    )
+    assert shapes == expected
+    assert repr(model) == repr(fresh)
     assert set(vars(model.fpn)) == set(vars(fresh.fpn))
     assert_equal_maps(model(make_features()), fresh(make_features()))
-
-
-def test_another_reduction_makes_other_gates():
-    fpn = patch_detector(make_pyramid(), AttentionAlpha(reduction=1))
-    patch_detector(fpn, AttentionAlpha(0.5, reduction=2))
-    assert fpn.gates[0].squeeze.out_features == OUT // 2
-    assert fpn.gates[0].squeeze.weight.shape == (OUT // 2, OUT)
 
 
 # Copies and files
@@ -383,15 +345,15 @@ def no_bias(model):
     model.register_module("nothing", None)
 
 
-def used_twice(model):
-    model.same = model.fpn
+UNUSUAL = {
+    "plain convolutions": plain_convolutions,
+    "no bias": no_bias,
+    "used twice": lambda model: setattr(model, "same", model.fpn),
+    "tied but not scaled": lambda model: setattr(model, "head", model.fpn.layer_blocks[1][0]),
+}
 
 
-def tied_but_not_scaled(model):
-    model.head = model.fpn.layer_blocks[1][0]
-
-
-@pytest.mark.parametrize("change", [plain_convolutions, no_bias, used_twice, tied_but_not_scaled])
+@pytest.mark.parametrize("change", UNUSUAL.values(), ids=UNUSUAL)
 def test_unusual_blocks_fold(change):
     model = make_detector()
     change(model)
@@ -435,10 +397,8 @@ def test_folding_refuses_what_would_change_the_outputs(make, alpha, message):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_folding_refuses_what_has_no_values(kind):
-    model = make_detector().to("meta")
-    with pytest.raises(ValueError, match=r"^fpn: tensors on the meta device have no values"):
-        fold_alpha(patch_detector(model, kind(FACTORS)))
-    assert type(model.fpn) is AlphaFeaturePyramidNetwork
+    model = patch_detector(make_detector().to("meta"), kind(FACTORS))
+    refused(model, "^fpn: tensors on the meta device have no values")
 
 
 @pytest.mark.parametrize("kind", ["inner_blocks", "layer_blocks"])
@@ -457,27 +417,16 @@ def test_folding_refuses_parametrised_weights(kind, parametrise):
     refused(model, rf"fpn.{kind}.2 \(\w*Conv2d\): its weight is parametrised")
 
 
-def tie_parameter(model):
-    model.head.weight = model.fpn.layer_blocks[1][0].weight
+TIES = {
+    "parameter": lambda m: setattr(m.head, "weight", m.fpn.layer_blocks[1][0].weight),
+    "memory": lambda m: setattr(m.head.weight, "data", m.fpn.layer_blocks[1][0].weight.data),
+    "convolution": lambda m: setattr(m, "tail", m.fpn.layer_blocks[1][0]),
+    "levels": lambda m: setattr(m.fpn.layer_blocks, "2", m.fpn.layer_blocks[1]),
+    "lists": lambda m: setattr(m, "tail", m.fpn.layer_blocks),
+}
 
 
-def tie_memory(model):
-    model.head.weight = nn.Parameter(model.fpn.layer_blocks[1][0].weight.data)
-
-
-def tie_convolution(model):
-    model.tail = model.fpn.layer_blocks[1][0]
-
-
-def tie_levels(model):
-    model.fpn.layer_blocks[2] = model.fpn.layer_blocks[1]
-
-
-def tie_lists(model):
-    model.tail = model.fpn.layer_blocks
-
-
-@pytest.mark.parametrize("tie", [tie_parameter, tie_memory, tie_convolution, tie_levels, tie_lists])
+@pytest.mark.parametrize("tie", TIES.values(), ids=TIES)
 def test_folding_refuses_shared_weights(tie):
     model = make_detector(FACTORS)
     tie(model)
@@ -587,12 +536,11 @@ def ssd():
 )
 def test_what_is_no_stock_pyramid_is_named(make, message):
     model = make()
-    before = snapshot(model) if isinstance(model, nn.Module) else None
+    before = snapshot(model)
     for change in (lambda m: patch_detector(m, 1.0), unpatch_detector, fold_alpha):
         with pytest.raises(TypeError, match=message):
             change(model)
-    if before is not None:
-        assert_unchanged(model, before)
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize("change", [unpatch_detector, fold_alpha])

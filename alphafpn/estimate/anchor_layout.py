@@ -205,23 +205,14 @@ def check_anchors(anchors: Any, where: str) -> Tensor:
 
 def check_distinct(anchors: AnchorLayout | Sequence[Tensor], where: str) -> None:
     """Raises ValueError if all anchors of a level also lie on a finer one."""
-    levels: Sequence[Tensor] = (
-        anchors.cell_anchors if isinstance(anchors, AnchorLayout) else anchors
-    )
-    names: Sequence[Any] = range(len(levels))
-    pairs = list(itertools.combinations(names, 2))
+    names: Sequence[str] = ()
     if isinstance(anchors, AnchorLayout):
-        # Only cell anchors of equal size can coincide, so most layouts need no anchors. A level
-        # with a longer side than all of a finer one is distinct: that is seen without tensors.
-        longest = [
-            max(max(x2 - x1, y2 - y1) for x1, y1, x2, y2 in cells.tolist()) for cells in levels
-        ]
-        pairs = [(i, j) for i, j in pairs if longest[j] < longest[i] + 1e-3]
-        pairs = [(i, j) for i, j in pairs if _same_sizes(levels[i], levels[j])]
-        levels, names = anchors.anchors() if pairs else (), anchors.level_names
-    for i, j in pairs:
-        if _contains(levels[i], levels[j]):
-            fine, coarse = (str(names[k]).removeprefix("level ") for k in (i, j))
+        if distinct_by_size(anchors):
+            return
+        names, anchors = anchors.level_names, anchors.anchors()
+    for i, j in itertools.combinations(range(len(anchors)), 2):
+        if _contains(anchors[i], anchors[j]):
+            fine, coarse = (names[k].removeprefix("level ") if names else k for k in (i, j))
             raise ValueError(
                 f"{where}: expected levels that can be told apart, found that all anchors of level "
                 f"{coarse} also lie on level {fine}, so no box can be given to one of them by its "
@@ -231,12 +222,18 @@ def check_distinct(anchors: AnchorLayout | Sequence[Tensor], where: str) -> None
             )
 
 
-def _same_sizes(fine: Tensor, coarse: Tensor) -> bool:
-    """Whether each cell anchor of `coarse` [B, 4] is as large as one of `fine` [A, 4]."""
-    sides = [cells[:, 2:] - cells[:, :2] for cells in (fine, coarse)]
-    # But for rounding.
-    close = (sides[0] - sides[1][:, None]).abs() < 1e-3
-    return bool(close.all(2).any(1).all())
+def distinct_by_size(layout: AnchorLayout) -> bool:
+    """Whether each level has a cell anchor of a size that no finer level has."""
+    sizes = [[(x2 - x1, y2 - y1) for x1, y1, x2, y2 in c.tolist()] for c in layout.cell_anchors]
+    return not any(
+        all(any(_close(size, other) for other in fine) for size in coarse)
+        for fine, coarse in itertools.combinations(sizes, 2)
+    )
+
+
+def _close(size: tuple[float, float], other: tuple[float, float]) -> bool:
+    # Equal but for rounding.
+    return all(math.isclose(a, b, abs_tol=1e-3) for a, b in zip(size, other, strict=True))
 
 
 def _contains(fine: Tensor, coarse: Tensor) -> bool:

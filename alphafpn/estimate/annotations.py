@@ -92,7 +92,7 @@ def read_annotations(
     share of a data set.
     """
     wanted = _wanted(category_ids)
-    known: set[Id] = set()
+    known: dict[Id, str] = {}
     if sources := _coco_sources(dataset):
         name = sources[0][0] + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
         # One after the other: another process takes longer to start than a file to read.
@@ -104,10 +104,9 @@ def read_annotations(
         annotations = _from_items(dataset, wanted, known, progress)
     if allow_empty:
         return annotations
-    if unknown := (wanted or set()) - known:
-        raise ValueError(
-            f"{name}: expected category_ids among {_listing(known)}, found {_listing(unknown)}"
-        )
+    if unknown := (wanted or set()) - known.keys():
+        found = _listing(dict.fromkeys(unknown, ""))
+        raise ValueError(f"{name}: expected category_ids among {_listing(known)}, found {found}")
     if len(annotations.boxes) == 0:
         left_out = ", ".join(f"{n} {reason}" for reason, n in annotations.left_out.items())
         raise ValueError(
@@ -129,8 +128,10 @@ def _wanted(category_ids: Any) -> set[Id] | None:
     )
 
 
-def _listing(ids: set[Id]) -> str:
-    shown = [show(i) for i in sorted(ids, key=lambda i: (isinstance(i, str), i))]
+def _listing(categories: dict[Id, str]) -> str:
+    """Lists ids in order, each with its name if it has one."""
+    pairs = sorted(categories.items(), key=lambda pair: (isinstance(pair[0], str), pair[0]))
+    shown = [show(i) + (f" {show(name)}" if name else "") for i, name in pairs]
     if len(shown) > 100:
         return f"{', '.join(shown[:100])}, ... ({len(shown)} in all)"
     return ", ".join(shown) or "none"
@@ -165,13 +166,17 @@ def _coco_selection(dataset: object) -> tuple[Any, list[Any]] | None:
 
 
 def _from_coco(
-    name: str, source: Any, image_ids: Sequence[Any] | None, wanted: set[Id] | None, known: set[Id]
+    name: str,
+    source: Any,
+    image_ids: Sequence[Any] | None,
+    wanted: set[Id] | None,
+    known: dict[Id, str],
 ) -> Annotations:
     """Reads all images of a COCO file, or those of `image_ids`; adds its categories to `known`."""
     coco = read_coco(source, name)
     reasons, sizes = coco.reasons, coco.image_sizes
     used = {category for category in set(coco.category_ids) if category is not None}
-    known |= coco.listed | used
+    known.update({**dict.fromkeys(used, ""), **coco.listed})
     if wanted is not None:
         reasons[np.array([c not in wanted for c in coco.category_ids], np.bool_)] = OTHER
     # Sorted by image, the annotations of an image are one range; those on no image come first.
@@ -193,12 +198,13 @@ def _from_coco(
         sizes, first, counts = sizes[take], first[take], counts[take]
         start = np.cumsum(counts) - counts
         rows = order[np.repeat(first - start, counts) + np.arange(counts.sum())]
+    unlisted = used - coco.listed.keys() if coco.listed else set()
     notes = {"annotations have polygons but no box, and were left out": coco.num_polygons}
     for text, ids in (
         ("boxes are of category 0, which torchvision's R-CNNs take for the background", {0}),
-        ("boxes are of a category that `categories` does not list", used - (coco.listed or used)),
+        ("boxes are of a category that `categories` does not list", unlisted),
     ):
-        if ids & used:
+        if not used.isdisjoint(ids):
             notes[text] = sum(coco.category_ids[i] in ids for i in rows[reasons[rows] == 0])
     with np.errstate(over="ignore", invalid="ignore"):  # in boxes that are left out
         boxes = coco.boxes.astype(np.float32).take(rows, axis=0)
@@ -267,7 +273,7 @@ def _by_reason(reasons: npt.NDArray[np.int8]) -> dict[str, int]:
 
 
 def _from_items(
-    dataset: object, wanted: set[Id] | None, known: set[Id], progress: bool
+    dataset: object, wanted: set[Id] | None, known: dict[Id, str], progress: bool
 ) -> Annotations:
     """Reads the items of an iterable or of a map-style data set; adds their labels to `known`."""
     sizes, boxes, labels = [], [np.empty((0, 4), np.float32)], [np.empty(0, np.int64)]
@@ -284,7 +290,7 @@ def _from_items(
     reasons = np.zeros(counts.sum(), np.int8)
     if wanted is not None:
         label = np.concatenate(labels)
-        known |= set(np.unique(label).tolist())
+        known.update(dict.fromkeys(np.unique(label).tolist(), ""))
         reasons[~np.isin(label, [i for i in wanted if isinstance(i, int)])] = OTHER
     image_sizes = np.array(sizes, np.int64).reshape(-1, 2)
     return clip(image_sizes, np.concatenate(boxes), counts, reasons)

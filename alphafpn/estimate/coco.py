@@ -42,7 +42,7 @@ OTHER, NO_BOX, NOT_FINITE, NEGATIVE, NO_IMAGE, CROWD, IGNORE, ZERO, OUTSIDE = ra
 _FLAGS = ("iscrowd", "ignore")
 _LARGEST = float(np.finfo(np.float32).max)
 _FILE = "expected a COCO JSON file, found"
-_CONVERT = "; docs/recipes.md#convert-annotations shows how to convert others"
+_CONVERT = "; the recipe 'Convert annotations' in the documentation shows how to convert it"
 # What a file that is no JSON may be, by how it begins.
 _OTHER_FORMATS = (
     (rb"\s*$", "an empty file"),
@@ -68,7 +68,7 @@ class CocoColumns:
         image_index: Which image each annotation is on, int64 `[A]`; -1 if it is none of them.
         boxes: `xywh`, float64 `[A, 4]`; whatever has a code below `CROWD` has no valid box.
         category_ids: Category of each annotation, or None.
-        listed: The ids in `categories`.
+        listed: Name of each id in `categories`; "" if it has none.
         reasons: Codes of `REASONS` up to `IGNORE`, int8 `[A]`.
         num_polygons: How many annotations without a box have a segmentation.
     """
@@ -78,7 +78,7 @@ class CocoColumns:
     image_index: npt.NDArray[np.int64]
     boxes: npt.NDArray[np.float64]
     category_ids: list[Id | None]
-    listed: set[Id]
+    listed: dict[Id, str]
     reasons: npt.NDArray[np.int8]
     num_polygons: int = 0
 
@@ -133,7 +133,7 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     """Opens a file, or what a pipe holds; a mapped file would end the process when it shrinks."""
     if os.path.isdir(path):
         raise ValueError(f"{_FILE} a folder{_CONVERT}")
-    file = open(path, "rb", buffering=0)  # noqa: SIM115
+    file = open(path, "rb")  # noqa: SIM115
     if file.seekable():
         return file
     with file:
@@ -150,11 +150,12 @@ def parse(data: bytes) -> Any:
             if re.match(pattern, data[:2000]):
                 raise ValueError(f"{_FILE} {found}") from None
         # The file may be one long line: quote what is there.
-        near = text[max(0, error.pos - 20) : error.pos + 20]
-        place = f"at character {error.pos}, near {near!r}"
-        if not text[error.pos :].strip():
-            place += ", where the file ends"
-        raise ValueError(f"{_FILE} {error.msg!r} {place}") from None
+        before, after = text[max(0, error.pos - 20) : error.pos], text[error.pos :]
+        if not after.strip():
+            found, near = "one that ends too early,", f"after {before!r}"
+        else:
+            found, near = repr(error.msg), f"near {before + after[:20]!r}"
+        raise ValueError(f"{_FILE} {found} at character {error.pos}, {near}") from None
 
 
 class _Image(msgspec.Struct, gc=False):
@@ -215,9 +216,10 @@ def _read_strictly(file: BinaryIO) -> CocoColumns:
     rest = bytearray(b"[") + head[start.end() :]
     while block := file.read(_BLOCK):
         rest += block
-        end, next_start = _last_cut(rest)
-        if not end:
+        cut = _last_cut(rest)
+        if cut is None:
             continue
+        end, next_start = cut
         comma, rest[end] = rest[end], ord("]")
         try:
             with memoryview(rest) as view, view[: end + 1] as piece:
@@ -235,14 +237,14 @@ def _read_strictly(file: BinaryIO) -> CocoColumns:
     return _joined(last, pieces)
 
 
-def _last_cut(text: bytearray) -> tuple[int, int]:
-    """Returns where the last but one object seems to end, and the last one to start, or zeros."""
+def _last_cut(text: bytearray) -> tuple[int, int] | None:
+    """Returns where the last but one object seems to end, and the last one to start."""
     start = text.rfind(b"{")
     while start > 0:
         if between := _BETWEEN.search(text, max(0, start - 100), start):
             return between.start() + 1, start
         start = text.rfind(b"{", 0, start)
-    return 0, 0
+    return None
 
 
 def _columns(annotations: list[_Annotation] | msgspec.UnsetType) -> _Columns:
@@ -288,7 +290,7 @@ def _joined(coco: _Coco, pieces: Sequence[_Columns]) -> CocoColumns:
         listed=_listed(coco.categories),
         reasons=_flags(np.concatenate(crowd), np.concatenate(ignore)),
     )
-    return _checked(columns, owners[:1].tolist())
+    return _checked(columns, int(owners[0]) if len(owners) else None)
 
 
 def read_plain(data: Any, *, need_sizes: bool = True) -> CocoColumns:
@@ -344,10 +346,10 @@ def read_plain(data: Any, *, need_sizes: bool = True) -> CocoColumns:
         reasons=reasons,
         num_polygons=sum(bool(annotations[i].get("segmentation")) for i in no_box.nonzero()[0]),
     )
-    return _checked(columns, [entry.get("image_id") for entry in annotations[:1]])
+    return _checked(columns, annotations[0].get("image_id") if annotations else None)
 
 
-def _checked(columns: CocoColumns, first_owner: list[Any]) -> CocoColumns:
+def _checked(columns: CocoColumns, first_owner: Any) -> CocoColumns:
     """Applies the rules that both passes share."""
     ids = columns.image_ids
     if len(set(ids)) != len(ids):
@@ -361,15 +363,15 @@ def _checked(columns: CocoColumns, first_owner: list[Any]) -> CocoColumns:
     if len(nowhere) and nowhere.all():
         raise ValueError(
             "expected annotations on the images of the file, found none: image_id"
-            f" {show(first_owner[0])} in annotations[0], "
+            f" {show(first_owner)} in annotations[0], "
             + (f"id {show(ids[0])} in images[0]" if ids else "no images")
         )
     # The last reason given is the one that counts.
     reasons[nowhere & (reasons != NO_BOX)] = NO_IMAGE
     reasons[(boxes[:, 2] < 0) | (boxes[:, 3] < 0)] = NEGATIVE
-    # Temporary arrays of this size are slow: first look at the extremes, which NaN would be.
-    if not -_LARGEST <= boxes.min(initial=0) <= boxes.max(initial=0) <= _LARGEST:
-        reasons[~(np.abs(boxes) <= _LARGEST).all(axis=1)] = NOT_FINITE
+    finite = np.abs(boxes) <= _LARGEST  # NaN is not
+    if not finite.all():  # a reduction by rows is slow
+        reasons[~finite.all(axis=1)] = NOT_FINITE
     return columns
 
 
@@ -381,15 +383,17 @@ def _flags(crowd: npt.NDArray[np.bool_], ignore: npt.NDArray[np.bool_]) -> npt.N
 
 
 def _refuse_size(index: int, image_id: Id, height: Any, width: Any) -> NoReturn:
-    place, found = f"images[{index}] (id {show(image_id)})", f"({show(height)}, {show(width)})"
-    raise ValueError(f"{place}: expected {SIZE}, found {found}")
+    raise ValueError(
+        f"images[{index}] (id {show(image_id)}): expected {SIZE}, found height {show(height)} and "
+        f"width {show(width)}"
+    )
 
 
-def _listed(categories: Any) -> set[Id]:
-    """Returns the ids that `categories` lists; it may also hold names, or nothing."""
+def _listed(categories: Any) -> dict[Id, str]:
+    """Returns the ids that `categories` lists, with their names; it may also hold other things."""
     entries = categories if isinstance(categories, list | tuple) else []
-    ids = {as_id(entry.get("id")) for entry in entries if isinstance(entry, Mapping)}
-    return {identity for identity in ids if identity is not None}
+    pairs = [(as_id(e.get("id")), e.get("name")) for e in entries if isinstance(e, Mapping)]
+    return {i: name if isinstance(name, str) else "" for i, name in pairs if i is not None}
 
 
 def as_box(value: Any) -> list[float]:

@@ -18,14 +18,16 @@ from alphafpn.estimate.anchor_layout import (
     check_anchors,
     check_distinct,
     describe_levels,
+    distinct_by_size,
     largest,
 )
 from alphafpn.estimate.annotations import Annotations, describe, read_annotations
 from alphafpn.estimate.checks import (
     DEFAULT_CLAMP,
-    check_boxes,
+    as_boxes,
     check_clamp,
     check_num_fused_levels,
+    check_values,
 )
 from alphafpn.estimate.coco import Id
 from alphafpn.estimate.fcos import RangeMatcher
@@ -324,28 +326,19 @@ def _joined(gt_boxes: Any) -> tuple[Tensor, Tensor]:
     single = isinstance(gt_boxes, Tensor)
     name = "gt_boxes" if single else "gt_boxes[{}]"
     images: list[Any] = [gt_boxes] if single else list(gt_boxes)
-    for i, boxes in enumerate(images):
-        # Values are checked below, in blocks: there may be many images of a few boxes.
-        if not (
-            type(boxes) is Tensor
-            and boxes.dim() == 2
-            and boxes.shape[1] == 4
-            and boxes.dtype in (torch.float32, torch.float64)
-        ):
-            images[i] = check_boxes(boxes, name.format(i))
+    images = [as_boxes(boxes, name.format(i)) for i, boxes in enumerate(images)]
     devices = {boxes.device for boxes in images}
     if len(devices) > 1:
         raise ValueError(f"gt_boxes: expected one device, found {sorted(map(str, devices))}")
     joined = images[0] if single else torch.cat(images or [torch.zeros(0, 4, device="cpu")])
-    joined = joined.detach()
     if joined.device.type == "mps":  # it has no float64, which sums are exact in
         joined = joined.cpu()
-    try:
+    try:  # in blocks, since there may be many images of a few boxes
         for block in joined.split(BLOCK):
-            check_boxes(block, name)
+            check_values(block, name)
     except ValueError:
         for i, boxes in enumerate(images):
-            check_boxes(boxes, name.format(i))
+            check_values(boxes, name.format(i))
         raise
     lengths = [boxes.shape[0] for boxes in images]
     return joined, torch.tensor(lengths, dtype=torch.int64, device="cpu")
@@ -361,6 +354,18 @@ class _Family:
     anchors: list[Any] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
     layout_index: list[int] = field(default_factory=list)
+
+    @functools.cached_property
+    def distinct(self) -> bool:
+        """Whether sizes tell the levels apart: of all layouts, since their cells are equal."""
+        first = self.anchors[0]
+        return isinstance(first, AnchorLayout) and distinct_by_size(first)
+
+    def append(self, anchors: AnchorLayout | Levels, where: str) -> None:
+        """Adds anchors, or raises ValueError if two of their levels cannot be told apart."""
+        self.anchors.append(anchors)
+        if not self.distinct:
+            check_distinct(anchors, where)
 
     def matcher(self, boxes: Tensor) -> Matcher:
         """Makes a matcher for boxes on their device, in float64 if boxes or anchors are."""
@@ -388,7 +393,9 @@ def _families(anchors: Any, num_images: int) -> list[_Family]:
             )
         shared = all(isinstance(level, Tensor) for level in anchors)
     if shared:
-        return [_Family([_checked(anchors, "anchors")], [], [0] * num_images)]
+        family = _Family(layout_index=[0] * num_images)
+        family.append(_checked(anchors, "anchors"), "anchors")
+        return [family]
     if len(anchors) != num_images:
         raise ValueError(f"anchors: expected {num_images}, one per image, found {len(anchors)}")
     families: dict[object, _Family] = {}
@@ -406,9 +413,10 @@ def _families(anchors: Any, num_images: int) -> list[_Family]:
             checked = _checked(image if isinstance(image, AnchorLayout) else parts, f"anchors[{i}]")
             key: object = identity
             if isinstance(checked, AnchorLayout):
-                key = tuple((cells.dtype, str(cells.tolist())) for cells in checked.cell_anchors)
+                cells = checked.cell_anchors
+                key = tuple((c.dtype, c.cpu().numpy().tobytes()) for c in cells)
             family = families.setdefault(key, _Family())
-            family.anchors.append(checked)
+            family.append(checked, f"anchors[{i}]")
             known[identity] = parts, family, len(family.anchors) - 1
             first = len(_levels(next(iter(families.values())).anchors[0]))
             if len(_levels(checked)) != first:
@@ -423,12 +431,11 @@ def _families(anchors: Any, num_images: int) -> list[_Family]:
 
 
 def _checked(anchors: AnchorLayout | Levels, where: str) -> AnchorLayout | Levels:
-    """Returns the layout, also of plain tensors that have one; its levels can be told apart."""
+    """Returns the layout, also of plain tensors that have one."""
     if not isinstance(anchors, AnchorLayout):
         anchors = [check_anchors(level, f"{where}[{i}]") for i, level in enumerate(anchors)]
         with contextlib.suppress(ValueError):  # if they are on no grid
             anchors = AnchorLayout.from_tensors(anchors, len(anchors))
-    check_distinct(anchors, where)
     return anchors
 
 

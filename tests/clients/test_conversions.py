@@ -68,5 +68,5 @@ def test_supervision_converts_yolo_and_pascal_voc(folder, kind):
         assert found.boxes.tolist() == BOXES
     with pytest.raises(TypeError, match=r"dataset\[0\]: expected \(\(height, width\), boxes\)"):
         read_annotations(dataset)
-    with pytest.raises(ValueError, match=r"docs/recipes.md#convert-annotations"):
+    with pytest.raises(ValueError, match=r"recipe 'Convert annotations'"):
         read_annotations(folder / "labels")

@@ -190,13 +190,16 @@ def test_the_dict_says_what_the_estimate_says():
         ({"reached": [1]}, "reached: expected 3 entries"),
         ({"iou_histogram": [0] * 100}, "iou_histogram: expected 101 entries, found 100"),
         ({"num_images": None}, r"\$.num_images"),
-        ({"num_images": -1}, r"\$.num_images"),
+        *(
+            ({name: -1}, rf">= 0.*\$.{name}")
+            for name in ("num_images", "num_boxes", "num_unmatched", "num_sizes", "size_sum")
+        ),
         ({"num_fused_levels": 9}, "num_fused_levels"),
         ({"clamp": [2.0, 0.2]}, "clamp"),
         ({"clamp": [0.2]}, r"\$.clamp"),
         ({"left_out": [1]}, r"\$.left_out"),
         ({"strides": [4.0]}, "strides"),
-        ({"counts": [-1, 2, 3]}, r"\$.counts"),
+        ({"counts": [3, 2, -1]}, r">= 0.*\$.counts\[2\]"),
     ],
 )
 def test_dicts_that_are_refused(change, message):
@@ -270,10 +273,6 @@ def test_what_is_not_given_was_not_counted():
     given, others = dataclasses.astuple(estimate)[:7], dataclasses.astuple(estimate)[7:]
     assert given[3:] == (2, 5, 6, 0)
     assert others == (1, (0.2, 2.0), None, (), 0, (), (), {}, 0, 0, {}, None, 0)
-    for number in ("counts", "num_images", "num_boxes", "num_unmatched", "num_sizes", "size_sum"):
-        wrong = -1 if number != "counts" else [3, 2, -1]
-        with pytest.raises(ValueError, match=">= 0"):
-            AlphaEstimate.from_dict({**estimate.to_dict(), number: wrong})
 
 
 # Confidence

@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,13 +25,14 @@ from alphafpn import (
 from tests import oracle
 from tests.anchor_sets import seeds
 from tests.annotation_sets import reference, write
-from tests.estimate.detectors import small_detector
+from tests.detectors import generator_of, small_detector
 from tests.malformed import annotation, coco
+from tests.states import assert_unchanged, snapshot
 
 
 def seen_by_the_network(model, size, boxes, min_size=None):
     """Anchors per level and boxes, by the detector's own transform and anchor generator."""
-    generator = getattr(model, "rpn", model).anchor_generator
+    generator = generator_of(model)
     transform = model.transform
     training, min_sizes = transform.training, getattr(transform, "min_size", None)
     if min_size is not None:
@@ -67,7 +67,7 @@ def draw_dataset(rng, count=6):
 
 def counted(model, dataset, min_sizes=(None,)):
     """Algorithm 1 on what the network sees, at each size; None where rounding would decide."""
-    num_levels = len(getattr(model, "rpn", model).anchor_generator.cell_anchors)
+    num_levels = len(generator_of(model).cell_anchors)
     counts, unmatched = np.zeros(num_levels, int), 0
     for min_size in min_sizes:
         seen = [seen_by_the_network(model, *item, min_size) for item in dataset]
@@ -80,12 +80,35 @@ def counted(model, dataset, min_sizes=(None,)):
     return tuple(counts.tolist()), unmatched
 
 
+class Halved(GeneralizedRCNNTransform):
+    def resize(self, image, target=None):
+        height, width = (n // 2 for n in image.shape[-2:])
+        small = torch.nn.functional.interpolate(image[None], size=(height, width))[0]
+        if target is not None:
+            target = {**target, "boxes": target["boxes"] / 2}
+        return small, target
+
+
+def with_own_resize(min_size):
+    model = small_detector(min_size=min_size)
+    model.transform = Halved(min_size, 100, [0.5] * 3, [0.5] * 3)
+    return model
+
+
+def resized_before():
+    return small_detector(_skip_resize=True, min_size=(40, 64))
+
+
+# And the sizes at which each of them sees an image.
 MODELS = {
-    "retinanet": {},
-    "faster": {"kind": "faster"},
-    "several min_size": {"min_size": (48, 64, 80)},
-    "fixed_size": {"fixed_size": (90, 60)},
-    "tiny anchors": {"sizes": (2, 4, 6, 8)},
+    "retinanet": (lambda: small_detector().eval(), (None,)),
+    "faster": (lambda: small_detector("faster").eval(), (None,)),
+    "several min_size": (lambda: small_detector(min_size=(48, 64, 80)).eval(), (48, 64, 80)),
+    "fixed_size": (lambda: small_detector(fixed_size=(90, 60)).eval(), (None,)),
+    "tiny anchors": (lambda: small_detector(sizes=(2, 4, 6, 8)).eval(), (None,)),
+    "a resize of its own": (lambda: with_own_resize((40, 64)), (None,)),
+    "no resize in training": (lambda: resized_before().train(), (None,)),
+    "no resize in training, in evaluation": (lambda: resized_before().eval(), (40, 64)),
 }
 
 
@@ -93,9 +116,8 @@ MODELS = {
 @given(seed=seeds)
 @pytest.mark.parametrize("name", MODELS)
 def test_counts_are_those_of_what_the_network_sees(name, seed):
-    model = small_detector(**MODELS[name]).eval()
-    dataset = draw_dataset(np.random.default_rng(seed))
-    min_sizes = MODELS[name].get("min_size", (None,))
+    build, min_sizes = MODELS[name]
+    model, dataset = build(), draw_dataset(np.random.default_rng(seed))
     expected = counted(model, dataset, min_sizes)
     assume(expected is not None)
     estimate = estimate_alpha_for(model, dataset)
@@ -161,87 +183,22 @@ def test_several_sizes_count_alike():
         assert a == pytest.approx(b)
 
 
-class Halved(GeneralizedRCNNTransform):
-    def resize(self, image, target=None):
-        height, width = (n // 2 for n in image.shape[-2:])
-        small = torch.nn.functional.interpolate(image[None], size=(height, width))[0]
-        if target is not None:
-            target = {**target, "boxes": target["boxes"] / 2}
-        return small, target
-
-
-def test_a_resize_of_ones_own():
-    model = small_detector(min_size=(40, 64))
-    model.transform = Halved((40, 64), 100, [0.5] * 3, [0.5] * 3)
-    dataset = [((120, 90), torch.tensor([[2.0, 4, 33, 20], [50, 30, 58, 44]]))]
-    estimate = estimate_alpha_for(model, dataset)
-    assert (estimate.counts, estimate.num_unmatched) == counted(model, dataset)
-    assert estimate.num_sizes == 1
-
-
 @pytest.mark.parametrize("training", [True, False])
-def test_images_that_come_resized(training):
-    model = small_detector(_skip_resize=True, min_size=(40, 64)).train(training)
-    dataset = [((96, 64), torch.tensor([[2.0, 4, 33, 20], [50, 30, 58, 44]]))]
-    estimate = estimate_alpha_for(model, dataset)
-    assert estimate.num_sizes == (1 if training else 2)
-    min_sizes = (None,) if training else (40, 64)
-    assert (estimate.counts, estimate.num_unmatched) == counted(model, dataset, min_sizes)
-
-
-def snapshot(model):
-    """All that a caller could notice of a change."""
-    return {
-        "parameters": [
-            (n, id(p), p.clone(), p.requires_grad, p.grad) for n, p in model.named_parameters()
-        ],
-        "buffers": [(n, id(b), b.clone()) for n, b in model.named_buffers()],
-        "modules": [(n, id(m), type(m), m.training) for n, m in model.named_modules()],
-        "attributes": [sorted(vars(m)) for m in model.modules()],
-        "hooks": [
-            [(name, list(hooks)) for name, hooks in vars(m).items() if "hooks" in name and hooks]
-            for m in model.modules()
-        ],
-        "transform": dict(vars(model.transform)),
-        "cells": [c.clone() for c in getattr(model, "rpn", model).anchor_generator.cell_anchors],
-        "random": [torch.get_rng_state(), random.getstate()],
-        "grad": torch.is_grad_enabled(),
-    }
-
-
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor | np.ndarray):
-        assert (torch.as_tensor(a) == torch.as_tensor(b)).all()
-    elif isinstance(a, dict):
-        assert_same(list(a.items()), list(b.items()))
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    elif not isinstance(a, torch.nn.Module):
-        assert a == b
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kind", ["retinanet", "faster", "fcos", "norm", "custom"])
+@pytest.mark.parametrize("kind", ["retinanet", "faster", "fcos", "custom"])
 def test_the_model_stays_as_it_is(kind, training):
-    model = small_detector(kind if kind in ("faster", "fcos") else "retinanet", min_size=(48, 64))
-    if kind == "norm":
-        model.backbone.body.add_module("norm", nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5)))
-        model.backbone.body.return_layers = {"0": "0", "1": "1", "2": "2"}
-    if kind == "custom":
-        model.transform = Halved((48, 64), 100, [0.5] * 3, [0.5] * 3)
+    sizes = (48, 64)
+    model = with_own_resize(sizes) if kind == "custom" else small_detector(kind, min_size=sizes)
     model.train(training)
-    model.backbone.body["0"].weight.requires_grad_(False)
-    model.backbone.body["1"].weight.grad = torch.ones_like(model.backbone.body["1"].weight)
+    frozen, trained = (model.backbone.body[name][0].weight for name in "01")
+    frozen.requires_grad_(False)
+    trained.grad = torch.ones_like(trained)
     called = []
     for module in (model.backbone, model.backbone.fpn, model.transform):
         module.register_forward_hook(lambda *_: called.append(1))
     before = snapshot(model)
     estimate_alpha_for(model, draw_dataset(np.random.default_rng(0)))
     AnchorLayout.from_detector(model, (50, 60))
-    assert_same(snapshot(model), before)
+    assert_unchanged(model, before)
     assert not called
 
 
@@ -335,15 +292,10 @@ def test_real_boxes_equal_brute_force(data_file, file, name):
     estimate = estimate_alpha_for(model, data)
     counts, unclear, layouts = [0] * len(estimate.counts), 0, {}
     for size, boxes in reference(data):
-        fake = torch.empty(3, *size, device="meta")
-        images, (target,) = model.transform([fake], [{"boxes": boxes}])
+        image = torch.empty(3, *size, device="meta")
+        _, (target,) = model.transform([image], [{"boxes": boxes}])
         if size not in layouts:
-            layout = AnchorLayout.from_detector(model, size)
-            layouts[size] = layout.anchors()
-            maps = [torch.empty(1, 1, *grid) for grid in layout.grid_sizes]
-            generator = getattr(model, "rpn", model).anchor_generator
-            (anchors,) = generator(ImageList(images.tensors, images.image_sizes), maps)
-            assert torch.equal(torch.cat(layouts[size]), anchors)
+            layouts[size] = AnchorLayout.from_detector(model, size).anchors()
         for row in oracle.level_ious(layouts[size], target["boxes"]):
             counts[oracle.best_level(row)] += 1
             unclear += not oracle.is_clear(row)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 import types
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torchvision.models import detection, get_model, list_models
+from torchvision.models import detection, get_model
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.image_list import ImageList
@@ -20,9 +21,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from alphafpn import AnchorLayout
 from alphafpn.estimate.probe import DetectorProbe
 from tests.anchor_sets import cell_anchors, seeds
-from tests.estimate.detectors import small_backbone, small_detector
-
-BUILDERS = [name for name in list_models(module=detection) if "_fpn" in name]
+from tests.detectors import DETECTORS, generator_of, make_backbone, small_detector
+from tests.states import assert_unchanged, snapshot
 
 
 def build(name, **kwargs):
@@ -32,7 +32,7 @@ def build(name, **kwargs):
 def generated(model, image_size):
     """What the detector's own anchor generator makes of an image, in a batch of one."""
     caught = []
-    generator = getattr(model, "rpn", model).anchor_generator
+    generator = generator_of(model)
     hook = generator.register_forward_hook(lambda _, __, anchors: caught.append(anchors))
     with torch.no_grad():
         model([torch.rand(3, *image_size)])
@@ -46,7 +46,7 @@ def placed(model, layout, image_size):
     images, _ = model.transform([torch.empty(3, *image_size, device="meta")])
     maps = [torch.empty(1, 1, *size) for size in layout.grid_sizes]
     images = ImageList(images.tensors, images.image_sizes)
-    return getattr(model, "rpn", model).anchor_generator(images, maps)[0]
+    return generator_of(model)(images, maps)[0]
 
 
 def small_retinanet(backbone=None, levels=4, **kwargs):
@@ -65,7 +65,7 @@ RUNNING = (
 )
 
 
-@pytest.mark.parametrize("name", [n for n in BUILDERS if n.startswith(RUNNING)])
+@pytest.mark.parametrize("name", [n for n in DETECTORS if n.startswith(RUNNING)])
 def test_layouts_are_those_of_running_detectors(name):
     model = build(name, min_size=64, max_size=160)
     for size in ((64, 64), (37, 91), (150, 31)):
@@ -73,7 +73,7 @@ def test_layouts_are_those_of_running_detectors(name):
         assert torch.equal(torch.cat(layout.anchors()), generated(model, size))
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", DETECTORS)
 def test_layouts_are_those_of_every_builder(name):
     with torch.device("meta"):
         model = build(name)
@@ -102,12 +102,12 @@ def test_p6_strides_are_what_torchvision_divides():
 
 @pytest.mark.parametrize(
     ("extra", "levels"),
-    [(None, 3), (LastLevelMaxPool(), 4), (LastLevelP6P7(3, 32), 5), (LastLevelP6P7(32, 32), 5)],
+    [(None, 3), (LastLevelMaxPool(), 4), (LastLevelP6P7(8, 16), 5), (LastLevelP6P7(16, 16), 5)],
     ids=["no extra", "pool", "p6p7 on c5", "p6p7 on p5"],
 )
 def test_custom_backbones(extra, levels):
     # `BackboneWithFPN` puts a pool where there is no extra block.
-    backbone = small_backbone(extra)
+    backbone = make_backbone(extra, 16)
     if extra is None:
         backbone.fpn.extra_blocks = None
     model = small_retinanet(backbone, levels)
@@ -139,17 +139,17 @@ class LooksAtValues(BackboneWithFPN):
 class Unregistered(BackboneWithFPN):
     """Holds a tensor that is neither parameter nor buffer, and a batch norm of a subclass."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.mean = torch.full((3, 1, 1), 0.5)
-        self.body.add_module("last", nn.SyncBatchNorm(3))
+        self.body.add_module("last", nn.SyncBatchNorm(8))
 
     def forward(self, x):
         return super().forward(x - self.mean)
 
 
 def test_a_backbone_that_treats_rows_and_columns_differently():
-    model = small_retinanet(small_backbone(cls=Oblong), min_size=64, max_size=160)
+    model = small_retinanet(make_backbone(None, cls=Oblong), min_size=64, max_size=160)
     sizes = ((64, 64), (64, 96), (160, 96), (96, 160))
     for some in (sizes, sizes[::-1]):
         view = DetectorProbe(model)
@@ -159,7 +159,7 @@ def test_a_backbone_that_treats_rows_and_columns_differently():
 
 
 def test_a_backbone_with_a_single_map_is_of_one_level_and_refused():
-    model = small_retinanet(small_backbone(cls=SingleMap), 1)
+    model = small_retinanet(make_backbone(None, cls=SingleMap), 1)
     assert DetectorProbe(model).feature_maps((64, 64)) == [("0", (8, 8))]
     with pytest.raises(ValueError, match="number of levels"):
         AnchorLayout.from_detector(model, (64, 64))
@@ -167,7 +167,7 @@ def test_a_backbone_with_a_single_map_is_of_one_level_and_refused():
 
 @pytest.mark.parametrize("cls", [LooksAtValues, Unregistered])
 def test_backbones_that_meta_tensors_are_hard_on(cls):
-    model = small_retinanet(small_backbone(cls=cls))
+    model = small_retinanet(make_backbone(None, cls=cls))
     layout = AnchorLayout.from_detector(model, (64, 96))
     assert torch.equal(torch.cat(layout.anchors()), placed(model, layout, (64, 96)))
     assert layout.grid_sizes[0] == (16, 24)
@@ -178,7 +178,7 @@ def test_a_backbone_that_fails_fails_with_its_own_error():
         def forward(self, x):
             raise KeyError("no such stage")
 
-    model = small_retinanet(small_backbone(cls=Broken))
+    model = small_retinanet(make_backbone(None, cls=Broken))
     with pytest.raises(KeyError, match="no such stage"):
         AnchorLayout.from_detector(model, (64, 64))
 
@@ -203,6 +203,12 @@ def test_hooks_are_not_called():
     assert len(model.backbone.fpn._forward_hooks) == 2
 
 
+def test_attributes_that_cannot_be_copied_are_shared():
+    model = small_retinanet()
+    model.backbone.lock = threading.Lock()
+    assert DetectorProbe(model).detector.backbone.lock is model.backbone.lock
+
+
 def test_one_probe_for_each_length():
     view = DetectorProbe(small_retinanet())
     probed = []
@@ -220,7 +226,7 @@ def test_shapes_come_without_data():
     view = DetectorProbe(small_retinanet())
     assert all(tensor.is_meta for tensor in view.detector.state_dict().values())
     # Nor do those of a backbone with tensors that it has not registered.
-    view = DetectorProbe(small_retinanet(small_backbone(cls=Unregistered)))
+    view = DetectorProbe(small_retinanet(make_backbone(None, cls=Unregistered)))
     view.feature_maps((64, 64))
     assert view.detector.backbone.mean.is_meta
 
@@ -356,38 +362,35 @@ class Other(nn.Module):
         return result
 
 
-OWN_TRANSFORMS = {
-    NoResize: [((50, 70), (64, 96))],
-    Snapped: [((96, 96), (96, 96))],
-    Square: [((40, 56), (56, 56)), ((64, 89), (89, 89))],
-}
+def own(cls):
+    return cls((40, 64), 100, [0.5] * 3, [0.5] * 3)
 
 
-@pytest.mark.parametrize("cls", OWN_TRANSFORMS)
+def replaced_on_the_instance():
+    transform = own(GeneralizedRCNNTransform)
+    transform.resize = types.MethodType(lambda _, image, target: (image, target), 1)
+    return transform
+
+
+@pytest.mark.parametrize(
+    ("transform", "frames"),
+    [
+        (own(NoResize), [((50, 70), (64, 96))]),
+        (own(Snapped), [((96, 96), (96, 96))]),
+        (own(Square), [((40, 56), (56, 56)), ((64, 89), (89, 89))]),
+        (replaced_on_the_instance(), [((50, 70), (64, 96))]),
+        (Other(), [((20, 32), (50, 32))]),
+    ],
+)
 @pytest.mark.parametrize("training", [True, False])
-def test_transforms_of_ones_own(cls, training):
+def test_transforms_of_ones_own(transform, frames, training):
     model = small_retinanet()
-    model.transform = cls((40, 64), 100, [0.5] * 3, [0.5] * 3)
-    model.train(training)
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    view = DetectorProbe(model)
-    assert framed(view, (50, 70)) == OWN_TRANSFORMS[cls]
+    model.transform = transform
+    before = snapshot(model.train(training))
+    assert framed(DetectorProbe(model), (50, 70)) == frames
     layout = AnchorLayout.from_detector(model, (50, 70))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert model.transform.min_size == (40, 64)
-    model.eval()
-    assert torch.equal(torch.cat(layout.anchors()), generated(model, (50, 70)))
-
-
-def test_a_resize_replaced_on_the_instance_and_another_class():
-    model = small_retinanet()
-    model.transform.resize = types.MethodType(lambda _, image, target: (image, target), 1)
-    assert framed(DetectorProbe(model), (50, 70)) == [((50, 70), (64, 96))]
-    model.transform = Other()
-    assert framed(DetectorProbe(model), (50, 70)) == [((20, 32), (50, 32))]
-    layout = AnchorLayout.from_detector(model, (50, 70))
-    assert torch.equal(torch.cat(layout.anchors()), generated(model, (50, 70)))
+    assert_unchanged(model, before)
+    assert torch.equal(torch.cat(layout.anchors()), generated(model.eval(), (50, 70)))
 
 
 @pytest.mark.parametrize(

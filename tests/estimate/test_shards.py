@@ -11,7 +11,7 @@ from torch import distributed, multiprocessing
 
 from alphafpn import AlphaEstimate, estimate_alpha, estimate_alpha_for
 from tests.anchor_sets import FASTER, draw_boxes, legacy_layout
-from tests.estimate.detectors import small_detector
+from tests.detectors import small_detector
 from tests.estimate.test_for_detector import draw_dataset
 
 WORLD = 2
