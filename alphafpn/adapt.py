@@ -25,14 +25,14 @@ from alphafpn.estimate.probe import (
     run_backbone,
     skeleton,
 )
-from alphafpn.estimate.resize import Resize, is_stock
+from alphafpn.estimate.resize import is_stock, resizes
 from alphafpn.pyramid import AlphaFeaturePyramidNetwork
 
 M = TypeVar("M", bound=nn.Module)
 Cells = tuple[tuple[tuple[float, ...], ...], ...]
 
-# A level at a smaller stride would cost more than a larger input.
-_FINEST_STRIDE = 4
+# A level at half a smaller stride would cost more than a larger input.
+_FINEST_STRIDE = 8
 # Side of the empty image that shows the strides; every usual stride divides it.
 _SIDE = 256
 
@@ -307,7 +307,7 @@ def _scaled_input(transform: Any, scale: float) -> tuple[Any, ...] | None:
     """Returns min_size, max_size and fixed_size times `scale`; None if they stay."""
     if scale == 1:
         return None
-    if not Resize(transform, 3).resizes:
+    if not resizes(transform):
         raise ValueError(
             f"input_scale: expected a transform that resizes, found {type(transform).__name__}, "
             "which does not: give it larger images"
@@ -371,18 +371,18 @@ def _finer_stage(body: Any, num_channels: int) -> tuple[str, int]:
     copied = skeleton(body).eval()
     copied.return_layers = {name: name for name in copied._modules}
     maps = run_backbone(copied, (1, num_channels, _SIDE, _SIDE))
-    strides = {name: _SIDE // int(feature.shape[-1]) for name, feature in maps.items()}
+    strides = {name: _SIDE // int(feature.shape[3]) for name, feature in maps.items()}
+    shown = ", ".join(f"{name} (stride {stride})" for name, stride in strides.items())
     returned = [name for name in strides if name in body.return_layers]
     found = [strides[name] for name in returned]
+    if found[0] < _FINEST_STRIDE:
+        raise ValueError(
+            f"finer_level: expected a finest level at stride {_FINEST_STRIDE} or more, found "
+            f"stride {found[0]}; the stages are {shown}"
+        )
     before = itertools.takewhile(lambda name: name != returned[0], strides)
-    finer = [name for name in before if strides[name] == found[0] // 2]
-    if len(set(found)) < len(found) or found[0] // 2 < _FINEST_STRIDE or not finer:
-        shown = ", ".join(f"{name} (stride {stride})" for name, stride in strides.items())
-        if found[0] // 2 < _FINEST_STRIDE:
-            raise ValueError(
-                f"finer_level: expected a finest level at stride {2 * _FINEST_STRIDE} or more, "
-                f"found stride {found[0]}; the stages are {shown}"
-            )
+    finer = [name for name in before if 2 * strides[name] == found[0]]
+    if len(set(found)) < len(found) or not finer:
         raise ValueError(
             f"finer_level: expected a stage at half the finest stride, {found[0] // 2}, "
             f"and fused maps of different strides, found strides {found} of {returned}; the "

@@ -25,6 +25,7 @@ from alphafpn.estimate.checks import DEFAULT_CLAMP, check_clamp
 from alphafpn.estimate.fcos import owned_boxes
 from alphafpn.estimate.probe import DetectorProbe, run_backbone, skeleton
 from alphafpn.estimate.report import factor_origin, factors
+from alphafpn.estimate.resize import resizes
 from alphafpn.estimate.s_alpha import InputBoxes, estimate_probe, input_boxes
 from alphafpn.pyramid import AlphaFeaturePyramidNetwork, remove_factors
 
@@ -133,7 +134,7 @@ class AnchorComparison:
                 )
             )
         for row in self.rows:
-            if row.input_scale > 1 and row.reached > best.reached + 0.1:
+            if row.reached > best.reached + 0.1:  # only on a larger input, see `best`
                 text = (
                     f"on an input {row.input_scale} times as large {row.reached:.0%} of the boxes "
                     f"{self._verb()}, for {row.cost:.1f} times the cost"
@@ -187,7 +188,7 @@ class AnchorComparison:
             reached = self.reached_by_size[self.rows.index(row)]
             bins = zip(middles, reached, self.boxes_by_size, strict=True)
             points = [(middle, some / boxes) for middle, some, boxes in bins if boxes]
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+            axes.plot(*zip(*points, strict=True), marker=".", label=label)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_ylim(0, 1.02)
@@ -300,7 +301,7 @@ def _variants(probe: DetectorProbe) -> Iterator[tuple[DetectorProbe, bool, int]]
         finer = _changed(probe, True, 1)
     if finer is not None:
         yield finer, True, 1
-    if probe.resize.resizes:
+    if resizes(probe.detector.transform):
         yield _changed(probe, False, 2), False, 2
         if probe.is_fcos and finer is not None:
             yield _changed(finer, False, 2), True, 2
@@ -335,13 +336,13 @@ def _best_scale(probe: DetectorProbe, annotations: Annotations) -> float:
     whole = largest([layout for part in seen for layout in part.layouts])
 
     @functools.cache
-    def value(scale: float, step: int) -> tuple[int, int, float]:
+    def value(scale: float, step: int) -> tuple[float, ...]:
         try:
             cells = scaled_anchors(probe.generator, scale)[2]
             layout = whole.strides, whole.grid_sizes, whole.num_fused_levels
             check_distinct(AnchorLayout(cells, *layout), "the detector")
         except ValueError:  # anchors without area, or levels that cannot be told apart
-            return -1, -1, 0.0
+            return (-1,)
         iou = torch.cat([_best_iou(part, cells, step) for part in seen])
         # As the histogram of an estimate counts.
         matched, near = (int((iou >= least - 1e-6).sum()) for least in (MATCH, BACKGROUND))
@@ -351,7 +352,7 @@ def _best_scale(probe: DetectorProbe, annotations: Annotations) -> float:
     leaders = [1.0]
     # All scales on few boxes, then those around the best ones on more.
     for per_octave, reach, step, kept in ((16, 64, few, 4), (64, 4, more, 2), (256, 4, more, 1)):
-        steps = range(-reach, reach + 1)
+        steps = range(-reach, reach)
         tried = {_rounded(scale * 2 ** (k / per_octave)) for scale in leaders for k in steps}
         tried = {scale for scale in tried if SMALLEST_SCALE <= scale <= LARGEST_SCALE} | {1.0}
         leaders = sorted(tried, key=lambda scale: value(scale, step), reverse=True)[:kept]

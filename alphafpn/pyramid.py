@@ -397,7 +397,7 @@ def _fill(tensor: Any, values: float | tuple[float, ...]) -> None:
 def _leaves_empty(fn: Callable[[Tensor], Tensor]) -> bool:
     """Tells whether `fn`, an argument of `Module._apply`, drops all values, as `to_empty` does."""
     try:
-        return not fn(torch.empty(0, device="meta")).is_meta
+        return not fn(torch.empty((), device="meta")).is_meta
     except Exception:
         # It asked for values, and so keeps them.
         return False

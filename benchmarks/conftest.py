@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 
 from benchmarks.page import RESULTS
+from benchmarks.records import environment
 
 # When this run began: its records stand next to those of earlier runs.
 BEGUN = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M}"
@@ -50,13 +50,7 @@ def _machine(device: str) -> dict[str, Any]:
         name = torch.cuda.get_device_name()
     else:
         name = f"CPU, {torch.get_num_threads()} threads, {_cpu_name()}"
-    return {
-        "device": name,
-        "date": BEGUN,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "python": platform.python_version(),
-    }
+    return {"device": name, "date": BEGUN, **environment()["versions"]}
 
 
 def _cpu_name() -> str:

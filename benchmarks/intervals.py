@@ -59,18 +59,6 @@ def paired(values: Mapping[int, float], others: Mapping[int, float]) -> list[flo
     return [value - others[seed] for seed, value in sorted(values.items()) if seed in others]
 
 
-def holm(differences: Sequence[Sequence[float]]) -> list[float]:
-    """P-values of t-tests against 0, corrected by Holm's method for the number of tests."""
-    raw = np.array(
-        [float(stats.ttest_1samp(v, 0.0).pvalue) if len(v) > 1 else 1.0 for v in differences]
-    )
-    corrected, largest = np.empty(len(raw)), 0.0
-    for rank, index in enumerate(raw.argsort()):
-        largest = max(largest, min(1.0, (len(raw) - rank) * raw[index]))
-        corrected[index] = largest
-    return [float(value) for value in corrected]
-
-
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's rank correlation; nan if either holds one value only."""
     if len(set(first)) < 2 or len(set(second)) < 2:

@@ -23,17 +23,13 @@ def fold(title: str, *parts: str) -> str:
 
 
 def fill(page: Path, mark: str, parts: Iterable[str]) -> None:
-    """Writes paragraphs between the comments `mark: begin` and `mark: end` of a page.
-
-    A page that does not exist is made of them.
-    """
+    """Writes paragraphs between the comments `mark: begin` and `mark: end` of a page."""
     begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
-    old = page.read_text("utf-8") if page.exists() else f"{begin}\n{end}\n"
-    text = "\n\n".join(parts)
-    before, found, rest = old.partition(begin)
+    before, found, rest = page.read_text("utf-8").partition(begin)
     if not found or begin in rest or rest.count(end) != 1:
         raise ValueError(f"{page}: expected the comments {begin} and {end}, once each")
-    write(page, f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}")
+    filled = "\n\n".join([begin, *parts, end])
+    write(page, f"{before}{filled}{rest.partition(end)[2]}")
 
 
 def write(page: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from benchmarks.earlier import factors, fine_tuning, systems, tinyperson
 from benchmarks.markdown import fill, fold, table, write
 from benchmarks.records import FOLDER, kept
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
 
 PAGE = """\
 ---
@@ -39,7 +39,7 @@ Small RetinaNets (32 channels) on four kinds of data. *Drawn* scenes hold figure
 several sizes, in the ratios of objects that their names give. *Near* figures can be recognised by
 themselves; *far* ones only by a landmark 64 px or more away. *Blood cells* (BCCD) are divided by
 the number in the name. *People* are crops of TinyPerson. A *regime* is what the backbone starts
-from, the optimizer with its highest rate, and the steps. *First function* and *rates* are the two
+from, the optimizer, its highest rate and the steps. *First function* and *rates* are the two
 parts of [what a factor is](how-it-works.md#what-a-factor-is). The *forward share* of an edge is the
 RMS of the map from above over the RMS of the sum; its *drift* is how it changes while factors of 1
 are trained.
@@ -53,8 +53,8 @@ are trained.
 ## Fine-tuning
 
 A small detector is trained with factors of 1 on drawn scenes (500 steps), then fine-tuned on other
-scenes (200 steps): it stays at 1, jumps to the target, ramps to it within 100 steps, or has its
-weights rescaled so that patching keeps its outputs. S-alpha is 0.419, 0.423, 0.2. Figures are
+scenes (200 steps), with four seeds: it stays at 1, jumps to S-alpha (0.419, 0.423, 0.2), ramps to
+it within 100 steps, or has its weights rescaled so that patching keeps its outputs. Figures are
 AP50_tiny.
 
 {fine_tuning}
@@ -64,7 +64,7 @@ AP50_tiny.
 Drawn scenes of 96 px, ten-layer backbones trained from scratch for 250 steps, two seeds: these runs
 show that every detector works with any factor. **They rank neither detectors nor factors.** The
 authors' figures are for TinyPerson, with ResNet-50 and 12 epochs. *Scale Match*: weights
-pre-trained by us on other scenes, enlarged twice.
+pre-trained by us on other scenes, enlarged twice. Figures are AP50_tiny.
 
 {detectors}
 
@@ -90,10 +90,6 @@ CityPersons' boxes by level. Tiny CityPersons is CityPersons divided by four: wi
 as well (second and fourth row) the shares nearly stay, and what is left comes from the grid, which
 is four times as coarse for the small images. With the same anchors they move by two levels.
 """
-_SIZES = """\
-Ratios before the clamp, finest edge first, counted with each detector's own anchors (FCOS: its
-ranges). *TinyPerson 640* is a smaller copy, stretched to squares. `-`: no objects on either level.
-"""
 
 
 def page() -> str:
@@ -101,7 +97,6 @@ def page() -> str:
     counted = {
         "TinyPerson: the published factors": (_TINYPERSON, "tinyperson"),
         "CityPersons and Tiny CityPersons": (_CITYPERSONS, "citypersons"),
-        "Factors at several image sizes": (_SIZES, "by-size"),
     }
     return PAGE.format(
         factors=factors.section(kept("factors")),
@@ -121,9 +116,14 @@ def _from_file(name: str) -> str:
     return table(header, rows)
 
 
+def main(root: Path = ROOT) -> None:
+    """Writes all pages and pictures below a folder that holds `README.md` and `docs`."""
+    docs, newer = root / "docs", kept("adapting")
+    factors.draw(kept("factors"), docs / "images")
+    write(docs / "experiment-tables.md", page())
+    adapting.write(newer, docs)
+    fill(root / "README.md", "adapting", [adapting.in_short(newer)])
+
+
 if __name__ == "__main__":
-    path = DOCS / "experiment-tables.md"
-    factors.draw(kept("factors"), DOCS / "images")
-    write(path, page())
-    adapting.write(kept("adapting"), DOCS)
-    fill(DOCS.parent / "README.md", "adapting", [adapting.in_short(kept("adapting"))])
+    main()

@@ -26,7 +26,11 @@ import torchvision  # noqa: F401  (once, for all forks)
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = ("adapt", "cli", "comparison", "display", "gradients", "pyramid", "surgery")
-TESTS = ["tests/estimate", "tests/test_equivalence.py", *(f"tests/test_{n}.py" for n in MODULES)]
+TESTS = [
+    "tests/estimate",
+    "tests/test_equivalence.py",
+    *(str(p.relative_to(ROOT)) for n in MODULES for p in ROOT.glob(f"tests/test_{n}*.py")),
+]
 ENOUGH = 0.95
 SECONDS = 600  # a mutant that takes longer hangs, and so is noticed
 PAIRS = [
@@ -132,15 +136,20 @@ def passes(folder: Path, *options: str, limit: float) -> bool:
 def reaching(data: coverage.CoverageData, path: Path, line: int) -> list[str]:
     """Returns the tests that reach a line of a module, those named after the module first.
 
-    What runs when the module is imported is reached by all of the module's tests.
+    What no test reaches runs when the module is imported, or in a process of its own: then all of
+    the module's tests are tried.
     """
     contexts = data.contexts_by_lineno(str(path))
     tests = {
         number: {context.partition("|")[0] for context in found} - {""}
         for number, found in contexts.items()
     }
-    found = tests.get(line) or set().union(*tests.values())
-    return sorted(found, key=lambda test: (f"/test_{path.stem}.py" not in test, test))
+    named = f"/test_{path.stem}"
+    found = tests.get(line)
+    if not found:
+        all_tests = {context.partition("|")[0] for context in data.measured_contexts()}
+        found = set().union(*tests.values(), (test for test in all_tests if named in test))
+    return sorted(found, key=lambda test: (named not in test, test))
 
 
 def main() -> None:

@@ -386,6 +386,25 @@ def test_targets_that_the_detector_cannot_train_on_are_named(build, target, foun
         gradient_shares(make_detector(build), images, [targets[0] | MASKS, target])
 
 
+@pytest.mark.parametrize(
+    ("build", "dtype", "taken"),
+    [
+        (make_retinanet, torch.int32, True),
+        (make_fcos, torch.int32, True),
+        (make_retinanet, torch.int16, False),
+        (make_faster_rcnn, torch.int64, True),
+        (make_faster_rcnn, torch.int32, False),
+    ],
+)
+def test_the_integers_that_labels_may_be(build, dtype, taken):
+    images, (target, other) = make_batch()
+    error = contextlib.nullcontext() if taken else pytest.raises(ValueError, match=f"found {dtype}")
+    with error:
+        gradient_shares(
+            make_detector(build), images, [target | {"labels": target["labels"].to(dtype)}, other]
+        )
+
+
 def test_masks_are_measured():
     images, targets = make_batch()
     targets[1]["masks"] = torch.zeros(0, 50, 70, dtype=torch.uint8)

@@ -24,17 +24,14 @@ from alphafpn.comparison import compare_anchors
 from alphafpn.demo.detector import detector
 from alphafpn.demo.own import own_scenes
 from alphafpn.demo.picture import Results, draw_picture
-from alphafpn.demo.scenes import FAR, SIDE, draw
+from alphafpn.demo.scenes import FAR, SIDE, Scene, draw
 from alphafpn.demo.training import (
     ADAPTED,
-    ESTIMATED,
-    FOLDED,
     MEASURE,
     ROWS,
     STOCK,
     Settings,
     Task,
-    Trained,
     evaluate,
     run,
 )
@@ -61,11 +58,10 @@ def run_demo(
     """Trains a small detector as it is, adapted, and with factors, and prints what each gives.
 
     The rows: `stock` (P3 to P6, anchors from 32 px); `adapted` (as the best row of
-    `compare_anchors`); and the adapted detector with `alpha = 0.5`, `S-alpha`, `alpha = 0` (no
-    top-down path) and `first function` (factors of 1, started from the outputs that a detector
-    with S-alpha has at its start). Trainings of a seed start from the same weights and see the same
-    batches. In a second family of drawn scenes (`outcome["far"]`) a disc far away decides which
-    figures are objects.
+    `compare_anchors`); and the adapted detector with `alpha = 0.5`, `S-alpha`, `alpha = 0` and
+    `first function` (factors of 1 and weights that at first give the outputs of `S-alpha`). In a
+    second family of drawn scenes (`outcome["far"]`) a disc far away decides which figures are
+    objects.
 
     Images of your own, in the folder `images` and in the COCO file `annotations`, are scaled, all
     by the same factor and at most doubled, so that the median object is 10 pixels large, and cut
@@ -86,23 +82,10 @@ def run_demo(
         raise ImportError(message) from error
     settings = settings or Settings()
     began = time.monotonic()
-    if (images is None) != (annotations is None):
-        raise ValueError(f"images is {images}, annotations is {annotations}: expected both or none")
-    data: dict[str, Any] = {"annotations": "drawn by the demo"}
-    if images is not None and annotations is not None:
-        counts = settings.train, settings.val
-        scale, train, val = own_scenes(Path(images), Path(annotations), counts)
-        parts = {"results": (train, val)}
-        data = {"annotations": str(annotations), "scale": scale, "categories": "merged into one"}
-    else:
-        parts = {
-            name: (draw(settings.train, 0, far=far), draw(settings.val, 1, far=far))
-            for name, far in (("results", False), ("far", True))
-        }
+    out, data, parts = Path(out), *_scenes(images, annotations, settings)
     train, val = parts["results"]
     if evaluate(val, [])[MEASURE] < 0:
         raise ValueError(f"{annotations}: expected tiny objects in the held-out images, found none")
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
 
     with torch.random.fork_rng(devices=()):  # the caller's random state stays as it is
@@ -115,10 +98,10 @@ def run_demo(
     tasks = {name: Task(*part, comparison.best) for name, part in parts.items()}
     trained = _train(tasks, settings)
     results: dict[str, Results] = {
-        name: {row: [trained[name, row, s].entry for s in settings.seeds] for row in ROWS[name]}
+        name: {row: [trained[name, row, s][0] for s in settings.seeds] for row in ROWS[name]}
         for name in tasks
     }
-    note = " ".join([_ABOUT_FAR, _NOTE] if "far" in parts else [_NOTE])
+    note = f"{_ABOUT_FAR} {_NOTE}" if "far" in parts else _NOTE
     outcome = {
         "data": {**data, "train_scenes": len(train), "val_scenes": len(val)},
         "comparison": comparison.to_list(),
@@ -128,19 +111,40 @@ def run_demo(
         "seconds": round(time.monotonic() - began, 1),
     }
     task = tasks["results"]
-    found = {row: trained["results", row, settings.seeds[0]].found for row in (STOCK, ADAPTED)}
-    picture = draw_picture(task.val[task.shown], found, comparison, results)
-    text = json.dumps(outcome, allow_nan=False, indent=2)
+    found = {row: trained["results", row, settings.seeds[0]][1] for row in (STOCK, ADAPTED)}
+    files = {
+        "demo.png": draw_picture(task.val[task.shown], found, comparison, results),
+        "outcome.json": json.dumps(outcome, allow_nan=False, indent=2).encode(),
+    }
     with tempfile.TemporaryDirectory(prefix=".", dir=out) as staging:
-        for name, content in (("demo.png", picture), ("outcome.json", text.encode())):
+        for name, content in files.items():
             (Path(staging) / name).write_bytes(content)
-        for name in ("demo.png", "outcome.json"):
+        for name in files:
             os.replace(Path(staging) / name, out / name)
     print(f"{_as_text(results)}\n\n{note}\nsee {out / 'demo.png'} and {out / 'outcome.json'}")
     return outcome
 
 
-def _train(tasks: dict[str, Task], settings: Settings) -> dict[tuple[str, str, int], Trained]:
+def _scenes(
+    images: Path | None, annotations: Path | None, settings: Settings
+) -> tuple[dict[str, Any], dict[str, tuple[list[Scene], list[Scene]]]]:
+    """Says where the scenes come from; scenes to train on and to evaluate on, by family."""
+    if (images is None) != (annotations is None):
+        raise ValueError(
+            f"images and annotations: expected both or none, found {images} and {annotations}"
+        )
+    if images is None or annotations is None:
+        return {"annotations": "drawn by the demo"}, {
+            name: (draw(settings.train, 0, far=far), draw(settings.val, 1, far=far))
+            for name, far in (("results", False), ("far", True))
+        }
+    counts = settings.train, settings.val
+    scale, train, val = own_scenes(Path(images), Path(annotations), counts)
+    data = {"annotations": str(annotations), "scale": scale, "categories": "merged into one"}
+    return data, {"results": (train, val)}
+
+
+def _train(tasks: dict[str, Task], settings: Settings) -> dict[tuple[str, str, int], Any]:
     """Does all runs, in processes that end when this one does, however it does."""
     plan = [(name, row, seed) for seed in settings.seeds for name in tasks for row in ROWS[name]]
     context = multiprocessing.get_context("spawn")
@@ -173,13 +177,11 @@ def _end_with(parent: Connection) -> None:
 
 def _as_text(results: dict[str, Results]) -> str:
     """Shows a row for each kind of detector, and a column for each family and seed."""
-    families = {name: "far, " if name == "far" else "" for name in results}
     seeds = [entry["seed"] for entry in results["results"][STOCK]]
-    header = (MEASURE, *(f"{family}seed {s}" for family in families.values() for s in seeds))
+    header = (MEASURE, *(f"{'far, ' * (name == 'far')}seed {s}" for name in results for s in seeds))
     lines = []
     for row in ROWS["results"]:
-        entries = [e for name in families for e in results[name].get(row, [{}] * len(seeds))]
-        figures = {row: MEASURE} | ({f"{row}, folded": FOLDED} if row == ESTIMATED else {})
-        for label, figure in figures.items():
-            lines.append((label, *(f"{100 * e[figure]:.1f} %" if e else "" for e in entries)))
+        entries = [entry for part in results.values() for entry in part.get(row, [])]
+        cells = [f"{100 * entry[MEASURE]:.1f} %" for entry in entries]
+        lines.append((row, *cells, *[""] * (len(header) - 1 - len(cells))))
     return "\n".join(table(header, lines))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from alphafpn.adapt import AnchorFit, adapt_detector
 from alphafpn.demo.detector import detector
-from alphafpn.demo.scenes import SIDE, Scene
+from alphafpn.demo.scenes import Scene
 from alphafpn.pyramid import Alpha
 from alphafpn.surgery import fold_alpha, patch_detector
 from alphafpn.tiny import evaluate_tiny
 
-MEASURE, FOLDED = "AP50_tiny", "AP50_tiny_folded"
+MEASURE = "AP50_tiny"
 STOCK, ADAPTED, HALF, ESTIMATED = "stock", "adapted", "alpha = 0.5", "S-alpha"
 NONE, FIRST = "alpha = 0", "first function"
 ROWS = {  # by family
@@ -56,25 +56,19 @@ class Task:
         return sorted(some, key=lambda i: len(self.val[i].boxes))[len(some) // 2]
 
 
-class Trained(NamedTuple):
-    """What a run gives; no tensor is in it, since processes would share them as open files."""
+def run(task: Task, row: str, seed: int, steps: int) -> tuple[dict[str, Any], NDArray[np.float32]]:
+    """Trains a row's detector from a seed; returns its figures, and what it finds in a scene.
 
-    entry: dict[str, Any]
-    found: NDArray[np.float32]  # confident detections in the scene to show, xyxy [N, 4]
-
-
-def run(task: Task, row: str, seed: int, steps: int) -> Trained:
-    """Trains a row's detector from a seed and evaluates it."""
+    That is the confident detections, xyxy [N, 4], in the scene to show. No tensor is returned,
+    since processes would share it as an open file.
+    """
     torch.manual_seed(seed)
     model = start(row, task.fit)
     loss = train(model, task.train, steps, seed)
     found = detect(model, task.val)
-    entry = {"seed": seed, **evaluate(task.val, found), "loss": loss}
-    if row == ESTIMATED:
-        folded = detect(fold_alpha(model), task.val)
-        entry[FOLDED] = evaluate(task.val, folded)[MEASURE]
     shown = found[task.shown]
-    return Trained(entry, shown["boxes"][shown["scores"] > CONFIDENT].numpy())
+    confident = shown["boxes"][shown["scores"] > CONFIDENT].numpy()
+    return {"seed": seed, **evaluate(task.val, found), "loss": loss}, confident
 
 
 def start(row: str, fit: AnchorFit) -> Any:
@@ -155,35 +149,29 @@ def detect(model: nn.Module, scenes: Sequence[Scene], batch: int = 16) -> list[d
 def evaluate(scenes: Sequence[Scene], found: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     """Evaluates the detections in scenes: figures from 0 to 1, -1 if there are no such objects."""
     objects = [(i, 1, box, False) for i, scene in enumerate(scenes) for box in scene.boxes.tolist()]
-    truth = as_coco(objects, len(scenes), (SIDE, SIDE), 1)
-    figures = evaluate_tiny(truth, as_results(found))
+    figures = evaluate_tiny(as_coco(objects, len(scenes), 1), as_results(found))
     return {name: figures[name] for name in (MEASURE, "AP50_all")}
 
 
 def as_coco(
-    objects: Sequence[tuple[int, int, Sequence[float], bool]],
-    images: int,
-    size: tuple[int, int],
-    classes: int,
+    objects: Sequence[tuple[int, int, Sequence[float], bool]], images: int, classes: int
 ) -> dict[str, Any]:
-    """Returns a COCO data set of so many images of one (height, width); an image's id is its place.
+    """Returns a COCO data set of so many images; an image's id is its place.
 
     An object is an image, a class from 1, a box (xyxy), and whether it is to be ignored.
     """
     return {
-        "images": [{"id": i, "width": size[1], "height": size[0]} for i in range(images)],
+        "images": [{"id": image} for image in range(images)],
+        "categories": [{"id": label} for label in range(1, classes + 1)],
         "annotations": [
             {
-                "id": k,
                 "image_id": image,
                 "category_id": label,
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": (x2 - x1) * (y2 - y1),
                 "ignore": ignore,
             }
-            for k, (image, label, (x1, y1, x2, y2), ignore) in enumerate(objects, 1)
+            for image, label, (x1, y1, x2, y2), ignore in objects
         ],
-        "categories": [{"id": label, "name": str(label)} for label in range(1, classes + 1)],
     }
 
 

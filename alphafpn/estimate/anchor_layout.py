@@ -233,7 +233,7 @@ def distinct_by_size(layout: AnchorLayout) -> bool:
 
 def _close(size: tuple[float, float], other: tuple[float, float]) -> bool:
     # Equal but for rounding.
-    return abs(size[0] - other[0]) < 1e-3 and abs(size[1] - other[1]) < 1e-3
+    return all(math.isclose(a, b, abs_tol=1e-3) for a, b in zip(size, other, strict=True))
 
 
 def _contains(fine: Tensor, coarse: Tensor) -> bool:

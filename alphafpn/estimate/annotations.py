@@ -204,7 +204,7 @@ def _from_coco(
         ("boxes are of category 0, which torchvision's R-CNNs take for the background", {0}),
         ("boxes are of a category that `categories` does not list", unlisted),
     ):
-        if ids & used:
+        if not used.isdisjoint(ids):
             notes[text] = sum(coco.category_ids[i] in ids for i in rows[reasons[rows] == 0])
     with np.errstate(over="ignore", invalid="ignore"):  # in boxes that are left out
         boxes = coco.boxes.astype(np.float32).take(rows, axis=0)

@@ -16,6 +16,13 @@ DEFAULT_CLAMP = (0.2, 2.0)
 
 def check_boxes(boxes: object, where: str) -> Tensor:
     """Returns `boxes` as a floating tensor [N, 4] of xyxy boxes with finite areas, or raises."""
+    checked = as_boxes(boxes, where)
+    check_values(checked, where)
+    return checked
+
+
+def as_boxes(boxes: object, where: str) -> Tensor:
+    """Returns `boxes` as a floating tensor [N, 4] in xyxy, without a look at the values."""
     if not isinstance(boxes, Tensor):
         raise TypeError(f"{where}: expected a tensor [N, 4], found {type(boxes).__name__}")
     if boxes.dtype == torch.bool or boxes.is_complex():
@@ -26,8 +33,11 @@ def check_boxes(boxes: object, where: str) -> Tensor:
             return torch.zeros((0, 4), device=boxes.device)
         raise ValueError(f"{where}: expected shape [N, 4], found {list(boxes.shape)}")
     boxes = to_xyxy(boxes, where).detach()
-    if boxes.dtype not in (torch.float32, torch.float64):
-        boxes = boxes.float()
+    return boxes if boxes.dtype in (torch.float32, torch.float64) else boxes.float()
+
+
+def check_values(boxes: Tensor, where: str) -> None:
+    """Raises ValueError unless boxes [N, 4] have x1 <= x2, y1 <= y2 and finite areas."""
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     # NaN and inf - inf fail the comparison, a single inf makes the area inf or NaN.
     ok = (torch.minimum(width, height) >= 0) & (width * height).isfinite()
@@ -37,7 +47,6 @@ def check_boxes(boxes: object, where: str) -> Tensor:
             f"{where}[{index}]: expected finite x1 <= x2 and y1 <= y2, with a finite area, found "
             f"{boxes[index].tolist()}"
         )
-    return boxes
 
 
 def to_xyxy(boxes: Tensor, where: str) -> Tensor:

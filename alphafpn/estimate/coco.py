@@ -133,7 +133,7 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     """Opens a file, or what a pipe holds; a mapped file would end the process when it shrinks."""
     if os.path.isdir(path):
         raise ValueError(f"{_FILE} a folder{_CONVERT}")
-    file = open(path, "rb", buffering=0)  # noqa: SIM115
+    file = open(path, "rb")  # noqa: SIM115
     if file.seekable():
         return file
     with file:
@@ -216,9 +216,10 @@ def _read_strictly(file: BinaryIO) -> CocoColumns:
     rest = bytearray(b"[") + head[start.end() :]
     while block := file.read(_BLOCK):
         rest += block
-        end, next_start = _last_cut(rest)
-        if not end:
+        cut = _last_cut(rest)
+        if cut is None:
             continue
+        end, next_start = cut
         comma, rest[end] = rest[end], ord("]")
         try:
             with memoryview(rest) as view, view[: end + 1] as piece:
@@ -236,14 +237,14 @@ def _read_strictly(file: BinaryIO) -> CocoColumns:
     return _joined(last, pieces)
 
 
-def _last_cut(text: bytearray) -> tuple[int, int]:
-    """Returns where the last but one object seems to end, and the last one to start, or zeros."""
+def _last_cut(text: bytearray) -> tuple[int, int] | None:
+    """Returns where the last but one object seems to end, and the last one to start."""
     start = text.rfind(b"{")
     while start > 0:
         if between := _BETWEEN.search(text, max(0, start - 100), start):
             return between.start() + 1, start
         start = text.rfind(b"{", 0, start)
-    return 0, 0
+    return None
 
 
 def _columns(annotations: list[_Annotation] | msgspec.UnsetType) -> _Columns:
@@ -289,7 +290,7 @@ def _joined(coco: _Coco, pieces: Sequence[_Columns]) -> CocoColumns:
         listed=_listed(coco.categories),
         reasons=_flags(np.concatenate(crowd), np.concatenate(ignore)),
     )
-    return _checked(columns, owners[:1].tolist())
+    return _checked(columns, int(owners[0]) if len(owners) else None)
 
 
 def read_plain(data: Any, *, need_sizes: bool = True) -> CocoColumns:
@@ -345,10 +346,10 @@ def read_plain(data: Any, *, need_sizes: bool = True) -> CocoColumns:
         reasons=reasons,
         num_polygons=sum(bool(annotations[i].get("segmentation")) for i in no_box.nonzero()[0]),
     )
-    return _checked(columns, [entry.get("image_id") for entry in annotations[:1]])
+    return _checked(columns, annotations[0].get("image_id") if annotations else None)
 
 
-def _checked(columns: CocoColumns, first_owner: list[Any]) -> CocoColumns:
+def _checked(columns: CocoColumns, first_owner: Any) -> CocoColumns:
     """Applies the rules that both passes share."""
     ids = columns.image_ids
     if len(set(ids)) != len(ids):
@@ -362,15 +363,15 @@ def _checked(columns: CocoColumns, first_owner: list[Any]) -> CocoColumns:
     if len(nowhere) and nowhere.all():
         raise ValueError(
             "expected annotations on the images of the file, found none: image_id"
-            f" {show(first_owner[0])} in annotations[0], "
+            f" {show(first_owner)} in annotations[0], "
             + (f"id {show(ids[0])} in images[0]" if ids else "no images")
         )
     # The last reason given is the one that counts.
     reasons[nowhere & (reasons != NO_BOX)] = NO_IMAGE
     reasons[(boxes[:, 2] < 0) | (boxes[:, 3] < 0)] = NEGATIVE
-    # Temporary arrays of this size are slow: first look at the extremes, which NaN would be.
-    if not -_LARGEST <= boxes.min(initial=0) <= boxes.max(initial=0) <= _LARGEST:
-        reasons[~(np.abs(boxes) <= _LARGEST).all(axis=1)] = NOT_FINITE
+    finite = np.abs(boxes) <= _LARGEST  # NaN is not
+    if not finite.all():  # a reduction by rows is slow
+        reasons[~finite.all(axis=1)] = NOT_FINITE
     return columns
 
 

@@ -32,12 +32,6 @@ class Resize:
         return tuple(self.transform.min_size)
 
     @property
-    def resizes(self) -> bool:
-        """Whether the transform resizes images in training, by torchvision's rule."""
-        skips = getattr(self.transform, "_skip_resize", False)
-        return is_stock(self.transform, GeneralizedRCNNTransform, "resize") and not skips
-
-    @property
     def _skips_resize(self) -> bool:
         # torchvision's transform skips the resize in training only.
         return self.transform.training and getattr(self.transform, "_skip_resize", False)
@@ -82,6 +76,12 @@ class Resize:
                 batch, _ = transform.forward([torch.zeros(shape)], None)
         (height, width), padded = batch.image_sizes[0], batch.tensors.shape[2:]
         return (int(height), int(width)), (int(padded[0]), int(padded[1]))
+
+
+def resizes(transform: Any) -> bool:
+    """Whether a transform resizes images in training, by torchvision's rule."""
+    skips = getattr(transform, "_skip_resize", False)
+    return is_stock(transform, GeneralizedRCNNTransform, "resize") and not skips
 
 
 def is_stock(module: nn.Module, stock: type[nn.Module], *methods: str) -> bool:

@@ -24,9 +24,10 @@ from alphafpn.estimate.anchor_layout import (
 from alphafpn.estimate.annotations import Annotations, describe, read_annotations
 from alphafpn.estimate.checks import (
     DEFAULT_CLAMP,
-    check_boxes,
+    as_boxes,
     check_clamp,
     check_num_fused_levels,
+    check_values,
 )
 from alphafpn.estimate.coco import Id
 from alphafpn.estimate.fcos import RangeMatcher
@@ -325,28 +326,19 @@ def _joined(gt_boxes: Any) -> tuple[Tensor, Tensor]:
     single = isinstance(gt_boxes, Tensor)
     name = "gt_boxes" if single else "gt_boxes[{}]"
     images: list[Any] = [gt_boxes] if single else list(gt_boxes)
-    for i, boxes in enumerate(images):
-        # Values are checked below, in blocks: there may be many images of a few boxes.
-        if not (
-            type(boxes) is Tensor
-            and boxes.dim() == 2
-            and boxes.shape[1] == 4
-            and boxes.dtype in (torch.float32, torch.float64)
-        ):
-            images[i] = check_boxes(boxes, name.format(i))
+    images = [as_boxes(boxes, name.format(i)) for i, boxes in enumerate(images)]
     devices = {boxes.device for boxes in images}
     if len(devices) > 1:
         raise ValueError(f"gt_boxes: expected one device, found {sorted(map(str, devices))}")
     joined = images[0] if single else torch.cat(images or [torch.zeros(0, 4, device="cpu")])
-    joined = joined.detach()
     if joined.device.type == "mps":  # it has no float64, which sums are exact in
         joined = joined.cpu()
-    try:
+    try:  # in blocks, since there may be many images of a few boxes
         for block in joined.split(BLOCK):
-            check_boxes(block, name)
+            check_values(block, name)
     except ValueError:
         for i, boxes in enumerate(images):
-            check_boxes(boxes, name.format(i))
+            check_values(boxes, name.format(i))
         raise
     lengths = [boxes.shape[0] for boxes in images]
     return joined, torch.tensor(lengths, dtype=torch.int64, device="cpu")
@@ -422,7 +414,7 @@ def _families(anchors: Any, num_images: int) -> list[_Family]:
             key: object = identity
             if isinstance(checked, AnchorLayout):
                 cells = checked.cell_anchors
-                key = tuple((c.dtype, c.numpy(force=True).tobytes()) for c in cells)
+                key = tuple((c.dtype, c.cpu().numpy().tobytes()) for c in cells)
             family = families.setdefault(key, _Family())
             family.append(checked, f"anchors[{i}]")
             known[identity] = parts, family, len(family.anchors) - 1

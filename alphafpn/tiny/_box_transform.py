@@ -72,10 +72,6 @@ def to_xywh(boxes: tv_tensors.BoundingBoxes | None) -> Tensor:
     """Converts boxes of any format to `xywh`, `[N, 4]` in float64 on the CPU."""
     if boxes is None:
         return torch.empty(0, 4, dtype=torch.float64)
-    if boxes.shape[-1] != 4:
-        raise ValueError(
-            f"boxes: expected ones parallel to the axes, found format {boxes.format.value}"
-        )
     converted = F.convert_bounding_box_format(boxes, new_format=tv_tensors.BoundingBoxFormat.XYWH)
     plain: Tensor = converted.as_subclass(Tensor).double().cpu()
     good = plain.isfinite().all(1) & (plain[:, 2:] >= 0).all(1)

@@ -101,4 +101,4 @@ def _load(source: Any, name: str) -> tuple[str, Any]:
 def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
-    raise TypeError(f"a {type(value).__name__} in COCO data, expected what JSON can hold")
+    raise TypeError(f"COCO data: expected what JSON can hold, found a {type(value).__name__}")

@@ -258,8 +258,8 @@ def _check_options(detector: type[nn.Module], options: dict[str, Any]) -> None:
     for name in options:
         if name not in known:
             raise TypeError(
-                f"{name}: no argument of torchvision's {detector.__name__}, which has "
-                + ", ".join(sorted(known))
+                f"{name}: expected an argument of torchvision's {detector.__name__}, which has "
+                f"{', '.join(sorted(known))}; found none of that name"
             )
 
 

@@ -20,7 +20,7 @@ _Floats: TypeAlias = NDArray[np.float64]
 _Integers: TypeAlias = NDArray[np.int64]
 _Flags: TypeAlias = NDArray[np.bool_]
 
-_IOUS = (0.25, 0.5, 0.75)
+_IOUS = {25: 0.25, 50: 0.5, 75: 0.75}  # by percent, as keys of the results have them
 _AREAS = {  # AP, AR: area in square pixels, both ends included
     "all": (1.0, 1e10),
     "tiny": (1.0, 400.0),
@@ -145,17 +145,13 @@ def format_tiny(results: Mapping[str, float]) -> str:
         >>> print(format_tiny({"AP50_tiny": 0.5, "MR50_tiny": 0.25}).splitlines()[2])
         tiny            -  50.00      -      -      -      -      -  25.00      -
     """
-    columns = [f"{metric}{_percent(iou)}" for metric in ("AP", "AR", "MR") for iou in _IOUS]
+    columns = [f"{metric}{percent}" for metric in ("AP", "AR", "MR") for percent in _IOUS]
     lines = [" " * 10 + "".join(f"{column:>7}" for column in columns)]
     for name in _AREAS:
         figures = [results.get(f"{column}_{name}", -1.0) for column in columns]
         cells = ["-" if figure < 0 else f"{100 * figure:.2f}" for figure in figures]
         lines.append(f"{name:<10}" + "".join(f"{cell:>7}" for cell in cells))
     return "\n".join(lines)
-
-
-def _percent(iou: float) -> int:
-    return round(100 * iou)
 
 
 def _truths(ground_truth: Any) -> tuple[_Truths, dict[Id, int], dict[Id, int]]:
@@ -174,14 +170,16 @@ def _truths(ground_truth: Any) -> tuple[_Truths, dict[Id, int], dict[Id, int]]:
     entries = [coco["annotations"][row] for row in rows.tolist()]
 
     def column(field: str, default: _Floats) -> _Floats:
-        pairs = zip((plain(entry.get(field)) for entry in entries), default.tolist(), strict=True)
-        values = [own if value is None else value for value, own in pairs]
-        for row, value in zip(rows.tolist(), values, strict=True):
+        values = []
+        for row, entry, own in zip(rows.tolist(), entries, default.tolist(), strict=True):
+            found = plain(entry.get(field))
+            value = own if found is None else found
             if not (type(value) in (int, float) and 0 <= value < np.inf):
                 raise ValueError(
                     f"ground_truth: annotations[{row}]: expected as {field} a finite number of 0 or"
                     f" more, found {show(value)}"
                 )
+            values.append(value)
         return np.array(values, np.float64)
 
     def flag(field: str) -> _Flags:
@@ -301,7 +299,7 @@ def _precisions(
                 COCO({**table, "annotations": list(compress(detections, useful))}),
                 "bbox",
             )
-            evaluation.params.iouThrs = np.array(_IOUS)
+            evaluation.params.iouThrs = np.array(list(_IOUS.values()))
             evaluation.params.areaRng = [[low, high]]
             evaluation.params.areaRngLbl = [name]
             evaluation.params.maxDets = [max_detections]
@@ -309,10 +307,10 @@ def _precisions(
             evaluation.accumulate()
             precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
         for metric, figures in (("AP", precision), ("AR", recall)):
-            for iou, values in zip(_IOUS, figures, strict=True):
+            for percent, values in zip(_IOUS, figures, strict=True):
                 known = values[values > -1]  # -1: a category without ground truth
                 figure = float(known.mean()) if known.size else -1.0
-                results[f"{metric}{_percent(iou)}_{name}"] = figure
+                results[f"{metric}{percent}_{name}"] = figure
     return results
 
 
@@ -336,7 +334,7 @@ def _miss_rates(
         ignored = truths.mr_ignored | (truths.size < low) | (truths.size > high)
         kept = (size >= low / _SIZE_MARGIN) & (size < high * _SIZE_MARGIN)
         kept &= found.rank < _MR_DETECTIONS
-        for iou in _IOUS:
+        for percent, iou in _IOUS.items():
             candidates = kept[pairs.detection] & ~ignored[pairs.truth] & (pairs.iou >= iou)
             right = _match(pairs.detection[candidates], pairs.truth[candidates], len(kept))
             excuses = ignored[pairs.truth] & (slip | (pairs.iod >= iou))
@@ -358,7 +356,7 @@ def _miss_rates(
                 recalls.append(recall[np.searchsorted(rate, _FPPI, side="right") - 1])
             with np.errstate(divide="ignore"):  # nothing missed: a miss rate of 0
                 logs = np.log(1 - np.array(recalls))
-            results[f"MR{_percent(iou)}_{name}"] = float(np.exp(logs.mean())) if recalls else -1.0
+            results[f"MR{percent}_{name}"] = float(np.exp(logs.mean())) if recalls else -1.0
     return results
 
 

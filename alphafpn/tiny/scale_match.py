@@ -145,7 +145,7 @@ class ScaleMatch(BoxTransform):
         for _ in range(_DRAWS):
             scale = self._target_size() / mean_size
             if low < scale < high:
-                return scale
+                break
         return self._bounded(scale)
 
     def _bounded(self, scale: float) -> float:
@@ -175,11 +175,10 @@ class MonotoneScaleMatch(ScaleMatch):
     Args:
         source_sizes: sqrt(w * h) of the boxes of the dataset to transform, in pixels, `[N]`.
         target_sizes: The same of the target dataset.
-        scale_range: Bounds of the scale.
-        default_scale: Scale of images without a usable box.
-        out_of_range: What to do with a scale outside the range: `"clip"` it, or use the `"default"`
-            scale (which is not monotone).
-        per_box: Further keys of the target with one entry per box.
+        scale_range: As in `ScaleMatch`.
+        default_scale: As in `ScaleMatch`.
+        out_of_range: As in `ScaleMatch`; the `"default"` scale is not monotone.
+        per_box: As in `ScaleMatch`.
 
     Raises:
         TypeError: As in `ScaleMatch`.

@@ -216,10 +216,10 @@ def _check_options(
 ) -> None:
     if not all(0 <= shared < side for shared, side in zip(overlap, tile_size, strict=True)):
         raise ValueError(
-            f"overlap {overlap}, expected 0 or more and less than tile_size {tile_size}"
+            f"overlap: expected 0 or more and less than tile_size {tile_size}, found {overlap}"
         )
     if not 0 <= min_size_ratio <= 1:
-        raise ValueError(f"min_size_ratio {min_size_ratio}, expected a number from 0 to 1")
+        raise ValueError(f"min_size_ratio: expected a number from 0 to 1, found {min_size_ratio}")
 
 
 def _corners(

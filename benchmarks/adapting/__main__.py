@@ -1,6 +1,6 @@
 """Run what is planned and not on record yet; several processes may do so side by side.
 
-    python -m benchmarks.adapting run [--studies main starts ...] [--seeds 0 1 2] [--minutes 60]
+    python -m benchmarks.adapting run [--studies main long ...] [--seeds 0 1 2] [--minutes 60]
     python -m benchmarks.adapting list
 
 The environment variable `ALPHAFPN_DATA` names the folder of the real images. Each finished run is a
@@ -11,7 +11,6 @@ line of `benchmarks/results/adapting.jsonl`; an interrupted one starts again fro
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 from pathlib import Path
 
@@ -44,13 +43,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    records.work(
-        todo,
-        functools.partial(run, folder=given.folder),
-        given.results,
-        given.folder,
-        given.minutes,
-    )
+    records.work(todo, run, given.results, given.folder, given.minutes)
 
 
 if __name__ == "__main__":

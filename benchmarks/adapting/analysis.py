@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,36 +75,25 @@ def studies(records: Sequence[Record]) -> dict[str, list[Runs]]:
     return found
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Spearman's rank correlation of reach and mean AP over the rows of each data set."""
+def prediction(runs: Runs) -> tuple[dict[str, float], float, float, float]:
+    """Spearman's rank correlation of reach and mean AP over the rows of each data set.
 
-    by_data: dict[str, float]
-    mean: float
-    low: float  # of the 95 % interval of the mean, over resampled data sets
-    high: float
-
-
-def prediction(runs: Runs) -> Prediction:
-    """Compares the order by reach with the order by AP."""
+    Also their mean, and its 95 % interval over resampled data sets, low and high.
+    """
     by_data = {}
     for data in runs.by_row:
         rows = runs.rows(data, FITS)
         reach = [runs.average(data, row, "reached") for row in rows]
         by_data[data] = rank_correlation(reach, [runs.mean(data, row).mean for row in rows])
-    values = np.array([value for value in by_data.values() if not math.isnan(value)])
-    low, high = resampled(lambda chosen: float(values[chosen].mean()), len(values))
-    return Prediction(by_data, float(values.mean()), low, high)
+    values = np.array(list(by_data.values()))
+    interval = resampled(lambda chosen: float(values[chosen].mean()), len(values))
+    return by_data, float(values.mean()), *interval
 
 
-def regrets(
-    runs: Runs, among: Sequence[str] = (Row.STOCK, Row.SCALE, Row.ADAPTED)
-) -> dict[str, float]:
+def regrets(runs: Runs, among: Sequence[str] = FITS[:3]) -> dict[str, float]:
     """By data set, how far the best row by reach is below the best one by AP, in points."""
-    found = {}
-    for data in runs.by_row:
-        rows = runs.rows(data, among)
-        if Row.ADAPTED in rows:
-            means = {row: runs.mean(data, row).mean for row in rows}
-            found[data] = max(means.values()) - means[Row.ADAPTED]
-    return found
+    return {
+        data: max(runs.mean(data, row).mean for row in runs.rows(data, among))
+        - runs.mean(data, Row.ADAPTED).mean
+        for data in runs.by_row
+    }

@@ -48,8 +48,6 @@ SOURCES = {
     "dots": Source("dots", (1, 2, 3, 4), 240, 80, side=128),
     "dsb2018": Source("dsb2018", (1,), 240, 80, side=128),
     "insects": Source("insects", (1,), 240, 80, side=128),
-    # To train a detector on objects that stock anchors fit.
-    "cells2": Source("bccd", (1, 2, 3), 292, 72, size=(320, 240)),
 }
 
 
@@ -87,7 +85,7 @@ class Part:
             found += [(image, label, box, False) for label, box in objects]
             regions = itertools.product(self.ignored[image].tolist(), range(1, classes + 1))
             found += [(image, label, box, True) for box, label in regions]
-        return as_coco(found, len(self.boxes), self.size, classes)
+        return as_coco(found, len(self.boxes), classes)
 
 
 @dataclass(frozen=True)

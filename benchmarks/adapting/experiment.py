@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from alphafpn.demo.training import as_results, rows
 from benchmarks.adapting.data import DataSet, load
 from benchmarks.adapting.detectors import frozen_maps, keep_maps, keep_matches, stock
 from benchmarks.adapting.rows import Row
-from benchmarks.records import Record, environment, key_of
+from benchmarks.records import Record, environment
 from benchmarks.training import adamw, figures, train
 
 FIGURES = ("AP50_all", "AP50_tiny", "AP25_all", "AP75_all")
@@ -67,14 +66,11 @@ def _matches(data: str, anchors: Any) -> dict[int, Tensor]:
     return {}
 
 
-def run(config: Record, folder: Path) -> Record:
-    """Trains and evaluates; returns the record, whose figures are None if training diverged.
-
-    `folder` keeps weights of whole detectors, for runs that start from one.
-    """
+def run(config: Record) -> Record:
+    """Trains and evaluates; returns the record, whose figures are None if training diverged."""
     began = time.monotonic()
     data = load(config["data"])
-    model, fit, alpha = prepared(config, data, folder)
+    model, fit, alpha = prepared(config, data)
     losses, diverged, trained = _train(model, data, config, fit.input_scale)
     found: Record = {"diverged": diverged, **dict.fromkeys(FIGURES)}
     if not diverged:
@@ -103,16 +99,12 @@ def run(config: Record, folder: Path) -> Record:
     }
 
 
-def prepared(
-    config: Record, data: DataSet, folder: Path
-) -> tuple[Any, AnchorFit, list[float] | None]:
+def prepared(config: Record, data: DataSet) -> tuple[Any, AnchorFit, list[float] | None]:
     """The detector of a run before its first step, its row of the comparison, and its factors."""
     kind, row = config["detector"], config["row"]
     fit = fit_of(row, config["data"], kind)
     torch.manual_seed(config["seed"])
     model = stock(kind, data.classes, data.train.size)
-    if config["start"] != "imagenet":
-        _take(model, whole(config["start"], kind, folder))
     if "scale" in config:
         # Of FCOS, which has no scale to search: nothing is counted.
         adapt_detector(model, config["scale"])
@@ -122,8 +114,8 @@ def prepared(
         )
     elif not row.startswith(Row.STOCK):
         adapt_detector(model, fit)
-    if fit.finer_level and config["finer_start"] != "default":
-        start_finer_level(model, config["finer_start"])
+    if fit.finer_level:
+        start_finer_level(model)
     if config.get("roi") == "scaled":
         # Sends boxes to levels as it does at the anchors' own size.
         model.roi_heads.box_roi_pool.canonical_scale = round(224 * fit.anchor_scale)
@@ -147,50 +139,12 @@ def prepared(
     return model.train(), fit, alpha
 
 
-def start_finer_level(model: Any, how: str) -> None:
-    """Sets the first weights of the finer level's blocks, in place.
-
-    `random`: as torchvision initialises them. `copy`: a lateral convolution of zeros, and the
-    weights of the next level's output convolution.
-    """
+def start_finer_level(model: Any) -> None:
+    """Draws the first weights of the finer level's blocks again, as torchvision does, in place."""
     fpn = model.backbone.fpn
-    lateral, output = fpn.inner_blocks[0][0], fpn.layer_blocks[0][0]
-    if how == "copy":
-        nn.init.zeros_(lateral.weight)
-        output.load_state_dict(fpn.layer_blocks[1][0].state_dict())
-    else:
-        for convolution in (lateral, output):
-            nn.init.kaiming_uniform_(convolution.weight, a=1)
-            nn.init.zeros_(convolution.bias)
-    nn.init.zeros_(lateral.bias)
-
-
-def whole(data: str, kind: str, folder: Path) -> dict[str, Tensor]:
-    """Weights of a stock detector that was trained on a data set; trained once, then kept."""
-    from benchmarks.adapting.plan import configuration
-
-    config = configuration(data, Row.STOCK, 0, detector=kind, study="whole")
-    path = folder / f"{key_of(config)}.pt"
-    if not path.exists():
-        found = load(data)
-        model, _, _ = prepared(config, found, folder)
-        body = dict(model.backbone.body.named_children())
-        losses, diverged, _ = _train(model, found, config, 1)
-        results = as_results(detections(model, found, 1))
-        print(f"trained on {data}:", losses, diverged, figures(found.truth, results, FIGURES))
-        for name, part in body.items():
-            model.backbone.body[name] = part
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), path)
-    weights: dict[str, Tensor] = torch.load(path, weights_only=True)
-    return weights
-
-
-def _take(model: Any, weights: dict[str, Tensor]) -> None:
-    """Weights of another detector, without those of other shapes: the classes' logits."""
-    own = model.state_dict()
-    fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
-    model.load_state_dict(fitting, strict=False)
+    for convolution in (fpn.inner_blocks[0][0], fpn.layer_blocks[0][0]):
+        nn.init.kaiming_uniform_(convolution.weight, a=1)
+        nn.init.zeros_(convolution.bias)
 
 
 def _train(

@@ -1,4 +1,8 @@
-"""The runs of each study, seeds as the outer loop."""
+"""The runs of each study, seeds as the outer loop.
+
+Two studies are finished: `starts`, of the finer level's blocks, and `rates`. The code that ran them
+is at commit c3f0e35.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,8 @@ from benchmarks.adapting.rows import FACTORS, FITS, Row
 from benchmarks.records import Record
 
 DATA = ("cells4", "cells8", "people", "hituav", "dots", "dsb2018", "insects")
-STEPS = {**dict.fromkeys(SOURCES, 150), "cells8": 200, "people": 200, "cells2": 300}
+STEPS = {**dict.fromkeys(DATA, 150), "cells8": 200, "people": 200}
 RATE, BATCH = 1e-3, 2
-FINER_START = "random"
 
 
 def configuration(data: str, row: str, seed: int, **changes: Any) -> Record:
@@ -26,7 +29,7 @@ def configuration(data: str, row: str, seed: int, **changes: Any) -> Record:
         "seed": seed,
         "detector": "retinanet",
         "start": "imagenet",
-        "finer_start": FINER_START,
+        "finer_start": "random",
         "steps": STEPS[data],
         "lr": RATE,
         "batch": BATCH,
@@ -55,16 +58,6 @@ def _order(seed: int) -> Iterator[Record]:
         yield configuration(data, row, seed, study="order")
 
 
-def _starts(seed: int) -> Iterator[Record]:
-    """Two starts of the finer level's blocks, after a detector that was trained whole or not.
-
-    The fourth, random blocks on ImageNet's body, is in the main study.
-    """
-    ways = (("cells2", "copy"), ("cells2", "random"), ("imagenet", "copy"))
-    for data, (start, how) in itertools.product(("people", "dsb2018"), ways):
-        yield configuration(data, Row.ADAPTED, seed, study="starts", start=start, finer_start=how)
-
-
 def _long(seed: int) -> Iterator[Record]:
     """Four times the steps."""
     for data, row in itertools.product(
@@ -89,17 +82,7 @@ def _heads(seed: int) -> Iterator[Record]:
             yield configuration(data, Row.SCALE, seed, study="heads", detector="fcos", **changes)
 
 
-def _rates(seed: int) -> Iterator[Record]:
-    """The learning rate, on seeds of their own."""
-    for data, row, rate in itertools.product(
-        ("people", "dsb2018"), (Row.STOCK, Row.ADAPTED), (5e-4, 1e-3, 2e-3, 4e-3)
-    ):
-        yield configuration(data, row, 100 + seed, study="rates", lr=rate)
-
-
 STUDIES = {
-    "rates": _rates,
-    "starts": _starts,
     "main": _main,
     "factors": _factors,
     "order": _order,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -87,20 +87,19 @@ def in_short(records: Sequence[Record]) -> str:
 
 def expected(runs: Runs) -> str:
     """Reached boxes, AP50 and cost of each way to fit, in one table."""
-    lines = [[data, *_reached(runs, data)] for data in runs.by_row]
+    lines = [
+        [
+            data,
+            *(
+                f"{runs.average(data, row, 'reached'):.0%}, {runs.mean(data, row).mean:.1f}"
+                for row in FITS
+            ),
+        ]
+        for data in runs.by_row
+    ]
     costs = [f"{_over_stock(runs, row, 'cost'):.1f}" for row in FITS]
     head = ["boxes that reach IoU .5, AP50", *(NAMES[row] for row in FITS)]
     return table(head, [*lines, ["operations over stock's", *costs]])
-
-
-def _reached(runs: Runs, data: str) -> list[str]:
-    """Reached boxes and AP50 of each way to fit."""
-    return [
-        f"{runs.average(data, row, 'reached'):.0%}, {runs.mean(data, row).mean:.1f}"
-        if runs.rows(data, [row])
-        else ""
-        for row in FITS
-    ]
 
 
 _DETECTORS = {"fcos": "FCOS", "fasterrcnn": "Faster R-CNN"}
@@ -110,31 +109,25 @@ _CHANGES = {"scale": "ranges times", "radius": "radius", "roi": "adapted, RoI le
 def tables(found: dict[str, list[Runs]]) -> list[str]:
     """All tables, with their headings."""
     (main,) = found["main"]
-    parts = ["## Adapting", _MEASURED]
-    for title, show in (
-        ("Each step", steps),
-        ("Cost", cost),
-        ("Reached boxes", reach),
-        ("Factors on the adapted detector", factors),
-    ):
-        parts += [f"### {title}", show(main)]
-    further: dict[str, tuple[str, Callable[[list[Runs], Runs], str]]] = {
-        "order": ("Factors on the stock detector", _order),
-        "long": ("Four times the steps", _long),
-        "heads": ("Other detectors", _heads),
-        "starts": ("Other starts", _starts),
-        "rates": ("Learning rates", _rates),
+    parts = {
+        "Each step": steps(main),
+        "Cost": cost(main),
+        "Reached boxes": reach(main),
+        "Factors on the adapted detector": factors(main),
+        "Factors on the stock detector": _order(found["order"][0], main),
+        "Four times the steps": _long(found["long"][0]),
+        "Other detectors": _heads(found["heads"]),
+        "Other starts": _starts(found["starts"], main),
+        "Learning rates": _rates(found["rates"]),
     }
-    for study, (title, show_groups) in further.items():
-        if study in found:
-            parts += [f"### {title}", show_groups(found[study], main)]
-    return [*parts, fold("Settings of each data set", settings(main))]
+    shown = [text for title, part in parts.items() for text in (f"### {title}", part)]
+    return ["## Adapting", _MEASURED, *shown, fold("Settings of each data set", settings(main))]
 
 
 def answers(found: dict[str, list[Runs]], count: int) -> list[str]:
     """The four questions, each answered with its figures."""
     (main,) = found["main"]
-    predicted = prediction(main)
+    _, correlation, low, high = prediction(main)
     lost, wider = (list(regrets(main, among).values()) for among in (FITS[:3], FITS))
     images = {name: f"![{text}](images/adapting-{name}.svg)" for name, (_, text) in _DRAWN.items()}
     operations, seconds = (
@@ -159,8 +152,8 @@ def answers(found: dict[str, list[Runs]], count: int) -> list[str]:
         "not trained is computed once for all runs, and not in these times.)",
         "### Does the share of reached boxes predict AP?",
         images["reach"],
-        f"To a degree: the rank correlation over the rows of a data set is {predicted.mean:.2f} on "
-        f"average ({predicted.low:.2f} to {predicted.high:.2f}). `comparison.best` "
+        f"To a degree: the rank correlation over the rows of a data set is {correlation:.2f} on "
+        f"average ({low:.2f} to {high:.2f}). `comparison.best` "
         f"loses {np.mean(lost):.1f} points on average and {max(lost):.1f} at worst against the "
         f"best row by AP50 at the same input size; {np.mean(wider):.1f} and {max(wider):.1f} if "
         "the larger input counts as a row.",
@@ -178,31 +171,24 @@ def answers(found: dict[str, list[Runs]], count: int) -> list[str]:
         f"against {main.over_sets(Row.HALF, Row.ADAPTED)} for .5). Where the surroundings decide "
         f"(`dots`), .5 changes AP50 by {main.gain('dots', Row.HALF, Row.ADAPTED)} and S-alpha by "
         f"{main.gain('dots', Row.ESTIMATED, Row.ADAPTED)}.",
-        *_lasting(found.get("long", [])),
-        *_other_detectors(found.get("heads", [])),
-    ]
-
-
-def _lasting(groups: list[Runs]) -> list[str]:
-    if not groups:
-        return []
-    (runs,) = groups
-    return [
         "### Does it last?",
-        "All of the above is after 150 or 200 steps. After four times as many:\n\n"
-        + "\n".join(
-            f"- `{data}`: stock {runs.mean(data, Row.STOCK).mean:.1f}; adapting "
-            f"**{runs.gain(data, Row.ADAPTED, Row.STOCK)}**; on top of it .5 "
-            f"{runs.gain(data, Row.HALF, Row.ADAPTED)}, S-alpha "
-            f"{runs.gain(data, Row.ESTIMATED, Row.ADAPTED)}."
-            for data in runs.by_row
-        ),
+        _lasting(found["long"][0]),
+        "### What about FCOS and Faster R-CNN?",
+        _other_detectors(found["heads"]),
     ]
 
 
-def _other_detectors(groups: list[Runs]) -> list[str]:
-    if not groups:
-        return []
+def _lasting(runs: Runs) -> str:
+    return "All of the above is after 150 or 200 steps. After four times as many:\n\n" + "\n".join(
+        f"- `{data}`: stock {runs.mean(data, Row.STOCK).mean:.1f}; adapting "
+        f"**{runs.gain(data, Row.ADAPTED, Row.STOCK)}**; on top of it .5 "
+        f"{runs.gain(data, Row.HALF, Row.ADAPTED)}, S-alpha "
+        f"{runs.gain(data, Row.ESTIMATED, Row.ADAPTED)}."
+        for data in runs.by_row
+    )
+
+
+def _other_detectors(groups: list[Runs]) -> str:
     head = (
         "Gains over the same detector as it is, on two sets with three seeds. Faster R-CNN begins "
         "at stride 4, so adapting only scales the anchors of its RPN. *RoI levels scaled* also "
@@ -215,7 +201,7 @@ def _other_detectors(groups: list[Runs]) -> list[str]:
         for base, *others in _by_detector(groups).values()
         for line in others
     ]
-    return ["### What about FCOS and Faster R-CNN?", "\n".join([head, "", *lines])]
+    return "\n".join([head, "", *lines])
 
 
 def _by_detector(groups: list[Runs]) -> dict[str, list[Line]]:
@@ -295,15 +281,9 @@ def within(runs: Runs, base: str, rows: Sequence[str], label: str = "") -> str:
 
 
 def steps(runs: Runs) -> str:
-    """What each step adds, over stock and over the step before."""
-    return "\n\n".join(
-        [
-            within(runs, Row.STOCK, (Row.SCALE, Row.ADAPTED, Row.LARGER)),
-            "Over the step before, and over the larger input:",
-            within(runs, Row.SCALE, [Row.ADAPTED]),
-            within(runs, Row.LARGER, [Row.ADAPTED]),
-        ]
-    )
+    """What each step adds to stock, and the adapted detector to the larger input."""
+    over_larger = within(runs, Row.LARGER, [Row.ADAPTED])
+    return f"{within(runs, Row.STOCK, FITS[1:])}\n\n{over_larger}"
 
 
 def cost(runs: Runs) -> str:
@@ -315,29 +295,24 @@ def cost(runs: Runs) -> str:
             f"{_over_stock(runs, row, 'cpu_seconds_of_training'):.2f}",
             str(runs.over_sets(row, Row.STOCK)),
         ]
-        for row in (Row.SCALE, Row.ADAPTED, Row.LARGER)
+        for row in FITS[1:]
     ]
     return table(["", "operations / stock", "seconds of training / stock", "AP50 - stock"], lines)
 
 
 def reach(runs: Runs) -> str:
-    """Reach and AP50 of each row; rank correlation; what the best row by reach loses."""
-    found, lost = prediction(runs), regrets(runs)
-    head = ["data", *(f"{NAMES[row]}: reached, AP50" for row in FITS), "rank correlation", "regret"]
-    lines = []
-    for data in runs.by_row:
-        cells = _reached(runs, data)
-        lines.append([data, *cells, f"{found.by_data[data]:.2f}", f"{lost.get(data, np.nan):.1f}"])
-    wider = list(regrets(runs, FITS).values())
-    text = (
-        f"Rank correlation of the share of reached boxes with AP50 over the rows of a data set: "
-        f"{found.mean:.2f} on average over {len(found.by_data)} data sets, 95 % interval "
-        f"{found.low:.2f} to {found.high:.2f}. `comparison.best` is "
-        f"{np.mean(list(lost.values())):.1f} points below the best row by AP50 on average, "
-        f"{max(lost.values()):.1f} at worst; with the larger input among the rows "
-        f"{np.mean(wider):.1f} and {max(wider):.1f}."
-    )
-    return f"{table(head, lines)}\n\n{text}"
+    """How well the share of reached boxes orders the rows by AP50, and what the best one loses."""
+    by_data, mean, low, high = prediction(runs)
+    lost, wider = regrets(runs), regrets(runs, FITS)
+    lines = [
+        [data, f"{by_data[data]:.2f}", f"{lost[data]:.1f}", f"{wider[data]:.1f}"]
+        for data in runs.by_row
+    ]
+    means = [f"{np.mean([*losses.values()]):.1f}" for losses in (lost, wider)]
+    head = ["data", "rank correlation with AP50", "`best` loses", "if the larger input counts"]
+    shares = "The shares themselves are on [another page](adapting.md#what-to-expect)."
+    last = ["mean of the sets", f"{mean:.2f} ({low:.2f} to {high:.2f})", *means]
+    return f"{shares}\n\n{table(head, [*lines, last])}"
 
 
 def factors(runs: Runs) -> str:
@@ -370,15 +345,13 @@ def settings(runs: Runs) -> str:
     return table(head, lines)
 
 
-def _order(groups: list[Runs], main: Runs) -> str:
-    (runs,) = groups
+def _order(runs: Runs, main: Runs) -> str:
     rows = sorted({row for rows in runs.by_row.values() for row in rows})
     lines = [(row, runs, row) for row in rows]
     return differences(("stock", main, Row.STOCK), lines)
 
 
-def _long(groups: list[Runs], _: Runs) -> str:
-    (runs,) = groups
+def _long(runs: Runs) -> str:
     parts = [
         within(runs, Row.STOCK, [Row.ADAPTED]),
         within(runs, Row.ADAPTED, [Row.HALF, Row.ESTIMATED]),
@@ -386,7 +359,7 @@ def _long(groups: list[Runs], _: Runs) -> str:
     return "\n\n".join(parts)
 
 
-def _heads(groups: list[Runs], _: Runs) -> str:
+def _heads(groups: list[Runs]) -> str:
     return "\n\n".join(differences(base, others) for base, *others in _by_detector(groups).values())
 
 
@@ -401,7 +374,7 @@ def _starts(groups: list[Runs], main: Runs) -> str:
     return "\n\n".join(parts)
 
 
-def _rates(groups: list[Runs], _: Runs) -> str:
+def _rates(groups: list[Runs]) -> str:
     rates = {runs.setting["lr"]: runs for runs in groups}
     lines = [
         [data, row, *(f"{rates[rate].mean(data, row).mean:.1f}" for rate in sorted(rates))]

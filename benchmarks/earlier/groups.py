@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from benchmarks.intervals import paired, rank_correlation
 from benchmarks.records import Record, by_seed
 
-BASELINE, ESTIMATED, HALF = "1", "S-alpha", "half-way"
+BASELINE, ESTIMATED = "1", "S-alpha"
 FIRST, RATES = "1 from S-alpha", "S-alpha from 1"
 # Train with 1 first. If the forward share fell meanwhile, train again with .5.
 LOOK = "look first"
@@ -30,12 +30,6 @@ FAMILIES = {
     "people": "TinyPerson",
 }
 _REGIME = ("weights", "optimizer", "rate", "steps", "data")
-_WEIGHTS = {
-    "scratch": "from scratch",
-    "pretrained": "pretrained backbone",
-    "imagenet": "ImageNet's backbone",
-}
-_OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 _RESAMPLES = 2000
 
 
@@ -43,7 +37,7 @@ _RESAMPLES = 2000
 class Group:
     """The runs of one data set under one regime."""
 
-    weights: str  # what the backbone starts from: a key of `_WEIGHTS`
+    weights: str  # what the backbone starts from
     optimizer: str
     rate: float  # the highest
     steps: int
@@ -57,9 +51,8 @@ class Group:
 
     @property
     def regime(self) -> str:
-        """How it was trained, in words."""
-        optimizer = f"{_OPTIMIZERS[self.optimizer]} at {self.rate:g}"
-        return f"{_WEIGHTS[self.weights]}, {optimizer}, {self.steps} steps"
+        """How it was trained."""
+        return f"{self.weights}, {self.optimizer}, {self.rate:g}, {self.steps}"
 
     @property
     def measure(self) -> str:

@@ -12,7 +12,6 @@ from benchmarks.markdown import fold, table
 from benchmarks.records import Record, by_seed, settings
 
 _MAIN = "AP50_tiny"
-_OTHERS = ("AP25_tiny", "AP75_tiny", "AP50_tiny1", "AP50_tiny2", "AP50_tiny3", "MR50_tiny")
 _BASELINE = ("1", "")
 _NAMES = {"1": "alpha = 1", "s-alpha": "S-alpha"}
 _CHANGED = ("alpha", "start", "seed")
@@ -68,13 +67,9 @@ def by_kind(runs: Sequence[Record]) -> str:
                 mean_of(list(values.values())).text(2),
                 against.text(2, "+"),
                 f"{against.detectable:.2f}" if against.count > 1 else "",
-                *(
-                    f"{np.mean(list(_values(good[kind], name).values())):.2f}" if values else ""
-                    for name in _OTHERS
-                ),
             ]
         )
-    header = ["factors", "at the end", "seeds", _MAIN, "over alpha = 1", "detectable", *_OTHERS]
+    header = ["factors", "at the end", "seeds", _MAIN, "over alpha = 1", "detectable"]
     return table(header, rows)
 
 
@@ -83,5 +78,5 @@ def _name(alpha: str, start: str) -> str:
     return f"{name}, first function of {_NAMES[start]}" if start else name
 
 
-def _values(runs: dict[int, Record], figure: str = _MAIN) -> dict[int, float]:
-    return {seed: 100 * run["figures"][figure] for seed, run in runs.items()}
+def _values(runs: dict[int, Record]) -> dict[int, float]:
+    return {seed: 100 * run["figures"][_MAIN] for seed, run in runs.items()}

@@ -1,4 +1,4 @@
-"""Lightning: patched detectors train in a LightningModule, and resume as if never stopped."""
+"""Lightning: detectors adapt, train and resume in a LightningModule, which stands for them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from alphafpn import compare_anchors, estimate_alpha_for
 from alphafpn.adapt import adapt_detector
 from alphafpn.pyramid import AttentionAlpha, LearnableAlpha, alpha_parameters
 from alphafpn.surgery import patch_detector
-from tests.detectors import make_batch, make_detector, make_retinanet
+from tests.detectors import make_batch, make_detector, make_fcos, make_retinanet
 from tests.test_adapt import make_retinanet as make_adaptable
 
 lightning = pytest.importorskip("lightning")
@@ -54,12 +55,8 @@ class Module(lightning.LightningModule):
         )
 
 
-def loader():
-    return DataLoader([make_batch()] * 4, batch_size=None)
-
-
-def make_trainer(path, steps):
-    return lightning.Trainer(
+def fit(path, steps, module, **options):
+    trainer = lightning.Trainer(
         accelerator="cpu",
         max_steps=steps,
         default_root_dir=path,
@@ -68,6 +65,8 @@ def make_trainer(path, steps):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    trainer.fit(module, DataLoader([make_batch()] * 4, batch_size=None), **options)
+    return trainer
 
 
 @pytest.mark.parametrize(
@@ -81,16 +80,13 @@ def make_trainer(path, steps):
 )
 def test_resumes_as_if_never_stopped(tmp_path, alpha, adapted):
     whole, half, resumed, start = (Module(alpha, adapted) for _ in range(4))
-    trainer = make_trainer(tmp_path, 4)
-    trainer.fit(whole, loader())
+    trainer = fit(tmp_path, 4, whole)
     if alpha == FACTORS:
         logged = [float(trainer.callback_metrics[f"alpha/{i}"]) for i in range(2)]
         assert logged == FACTORS
 
-    trainer = make_trainer(tmp_path, 2)
-    trainer.fit(half, loader())
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-    make_trainer(tmp_path, 4).fit(resumed, loader(), ckpt_path=tmp_path / "half.ckpt")
+    fit(tmp_path, 2, half).save_checkpoint(tmp_path / "half.ckpt")
+    fit(tmp_path, 4, resumed, ckpt_path=tmp_path / "half.ckpt")
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
     new = "detector.backbone.fpn.inner_blocks.0.0.weight"
     assert not torch.equal(start.state_dict()[new], whole.state_dict()[new])
@@ -99,9 +95,21 @@ def test_resumes_as_if_never_stopped(tmp_path, alpha, adapted):
 
 
 def test_factors_as_a_list_are_a_hyperparameter_that_loads(tmp_path):
-    trainer = make_trainer(tmp_path, 1)
-    trainer.fit(Module(FACTORS), loader())
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    fit(tmp_path, 1, Module(FACTORS)).save_checkpoint(tmp_path / "last.ckpt")
     loaded = Module.load_from_checkpoint(tmp_path / "last.ckpt")
     assert loaded.hparams.alpha == FACTORS
     assert loaded.detector.backbone.fpn.alpha.tolist() == FACTORS
+
+
+def test_a_module_stands_for_the_one_detector_in_it():
+    items = [((64, 64), [[4.0, 4, 14, 16], [20, 20, 52, 50]])]
+    module = Module(FACTORS)
+    assert estimate_alpha_for(module, items) == estimate_alpha_for(module.detector, items)
+    found, expected = (compare_anchors(model, items) for model in (module, module.detector))
+    assert found.to_list() == expected.to_list()
+    module.teacher = make_detector(make_fcos)
+    for call in (estimate_alpha_for, compare_anchors):
+        with pytest.raises(TypeError, match=r"detector.*teacher"):
+            call(module, items)
+    with pytest.raises(TypeError, match=r"detector.*teacher"):
+        adapt_detector(module, 0.5)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from alphafpn.demo import run
@@ -34,27 +33,8 @@ def own(tmp_path):
     return tmp_path / "images", path, data
 
 
-class InTurn:
-    """Stands for a pool: does each job at once, in this process."""
-
-    def __init__(self, *args):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *args):
-        pass
-
-    def submit(self, function, *args):
-        future = Future()
-        with torch.random.fork_rng(devices=()):
-            future.set_result(function(*args))
-        return future
-
-
 @pytest.fixture
 def quick(monkeypatch):
     """Spares the seconds that starting processes and drawing take."""
-    monkeypatch.setattr(run, "ProcessPoolExecutor", InTurn)
+    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     monkeypatch.setattr(run, "draw_picture", lambda *args: b"picture")

@@ -5,12 +5,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOS
 
+from alphafpn import estimate_alpha_for
 from alphafpn.estimate import fcos as module
 from alphafpn.estimate.fcos import RangeMatcher, owned_boxes
 from tests import oracle
 from tests.anchor_sets import seeds
+from tests.detectors import small_detector
 
 CPU = torch.device("cpu")
 
@@ -28,6 +31,18 @@ def test_fcos_levels_are_those_of_its_ranges(seed, sizes):
     level, iou = RangeMatcher(sorted(sizes), CPU).match(boxes)
     assert level.tolist() == oracle.fcos_levels(sorted(sizes), boxes)
     assert not iou.any()
+
+
+def test_ranges_follow_the_width_of_an_anchor():
+    model = small_detector("fcos", min_size=256, max_size=256)
+    model.anchor_generator = AnchorGenerator(((8,), (16,), (32,), (64,)), ((4.0,),) * 4)
+    sides = torch.linspace(2.5, 250, 90)[:, None]
+    boxes = torch.cat([torch.zeros(90, 2), sides, sides / 2], 1)
+    counts = estimate_alpha_for(model, [((256, 256), boxes)]).counts
+    # Anchors of 8 pixels and a ratio of 4 are 4 wide and 16 high.
+    levels = oracle.fcos_levels([4, 8, 16, 32], boxes)
+    assert counts == tuple(levels.count(i) for i in range(4))
+    assert sum(n > 0 for n in counts) > 1
 
 
 class Head:

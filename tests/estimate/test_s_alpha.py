@@ -276,7 +276,6 @@ def test_a_device_without_float64_counts_on_the_cpu(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "cpu", cpu)
     boxes = torch.ones(5, 4).as_subclass(OnMps)
-    monkeypatch.setattr(s_alpha, "check_boxes", lambda boxes, where: boxes)
     assert estimate_alpha(LAYOUT, [boxes, boxes]).num_boxes == 10
     assert moved == [10]
 

@@ -90,12 +90,12 @@ def test_pil_images_are_painted_like_tensors(mode):
 
 
 def test_the_last_box_may_be_erased_but_not_what_the_image_is_called():
-    target = {"boxes": boxes_of([[0, 0, 5, 5]]), "ignore": [1], "image_id": torch.tensor([7])}
+    target = {"boxes": boxes_of([[0, 0, 5, 5]]), "ignore": [1], "id": torch.tensor([7, 8])}
+    target["area"] = 25  # of whatever: not one for each box
     image, rest = EraseIgnored()(tv_tensors.Image(pixels_of(0)), target)
     assert isinstance(image, tv_tensors.Image)
-    assert rest["boxes"].shape == (0, 4)
-    assert rest["ignore"] == []
-    assert rest["image_id"].tolist() == [7]
+    assert (rest["boxes"].shape, rest["ignore"]) == ((0, 4), [])
+    assert (rest["id"].tolist(), rest["area"]) == ([7, 8], 25)
 
 
 def test_flags_can_be_chosen():

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import gzip
 import json
 import math
@@ -203,14 +202,14 @@ def slow_evaluation(coco, detections, quirks):
     return results
 
 
-def random_data(seed, *, grid=False, num_images=4, num_categories=1, num_boxes=6, num_found=12):
-    """People of all sizes, half of the detections near them.
+def random_data(seed, *, grid, num_categories, num_boxes, num_found):
+    """People of all sizes on two images, half of the detections near them.
 
     On the grid, everything meets: sizes the ends of ranges, overlaps the thresholds, scores and
     overlaps each other. Off it, nothing ties.
     """
     rng = np.random.default_rng(seed)
-    images = rng.permutation(np.arange(100, 100 + num_images)).tolist()
+    images = rng.permutation([100, 101]).tolist()
     categories = rng.permutation(np.arange(7, 7 + num_categories)).tolist()
     sides = [1, 2, 4, 8, 12, 16, 20, 32, 40]
 
@@ -227,9 +226,6 @@ def random_data(seed, *, grid=False, num_images=4, num_categories=1, num_boxes=6
             return [*rng.integers(0, 12, 2) * 4.0, *rng.choice(sides, 2).astype(float)]
         return [*rng.uniform(0, 60, 2), *np.exp(rng.uniform(0, 4, 2))]
 
-    def place():
-        return {"image_id": int(rng.choice(images)), "category_id": int(rng.choice(categories))}
-
     def optional(**fields):
         return {key: value for key, value in fields.items() if rng.random() < 0.15}
 
@@ -243,12 +239,13 @@ def random_data(seed, *, grid=False, num_images=4, num_categories=1, num_boxes=6
             extra |= optional(
                 size=float(rng.choice(sides)), vis_ratio=float(rng.choice([0.6, 0.65]))
             )
-        annotations.append({"id": identity, **place(), "bbox": bbox, **extra})
+        place = {"image_id": int(rng.choice(images)), "category_id": int(rng.choice(categories))}
+        annotations.append({"id": identity, **place, "bbox": bbox, **extra})
     found = []
     for rank in rng.permutation(num_found).tolist():
-        near = annotations[rng.integers(num_boxes)] if num_boxes else None
-        where = {key: near[key] for key in ("image_id", "category_id")} if near else place()
-        bbox = [float(v) for v in box(near["bbox"] if near else None)]
+        near = annotations[rng.integers(num_boxes)]
+        where = {key: near[key] for key in ("image_id", "category_id")}
+        bbox = [float(v) for v in box(near["bbox"])]
         score = rank // 3 / 8 if grid else (rank + 0.5) / num_found
         found.append({**where, "bbox": bbox, "score": score})
     coco = {
@@ -296,7 +293,6 @@ class TestOfficialFigures:
         coco, found = random_data(
             seed,
             grid=grid,
-            num_images=2,
             num_categories=1 + seed % 2,
             num_boxes=12 if crowded else 4,
             num_found=30 if crowded else 8,
@@ -364,44 +360,8 @@ class TestRules:
         results = evaluate_tiny(scene(person(bbox=(10, 10, 0.5, 0.5))), [])
         assert (results["AP50_all"], results["MR50_all"]) == (-1, 1)
 
-    @pytest.mark.parametrize(
-        ("side", "counts"), [(15.9, False), (16, True), (39.9, True), (40, False)]
-    )
-    def test_mistakes_far_from_a_range_are_none_in_its_miss_rate(self, side, counts):
-        found = [guess((500, 500, side, side), 0.9)] * 200 + [guess((10, 10, 25, 25))]
-        results = evaluate_tiny(scene(person(bbox=(10, 10, 25, 25))), found)
-        assert results["MR50_small"] == counts
-
-    def test_quirk_needs_more_than_one_half(self):
-        # A quarter inside a region one and a half times its size: 0.25 / 1.25 * 2.5 = 0.5.
-        found = [guess((500, 500, 10, 10), 0.9)] * 200 + [guess()]
-        for width, figure in ((15, 1), (16, 0)):
-            region = person(2, (507.5, 500, width, 10), ignore=True)
-            assert evaluate_tiny(scene(person(), region), found)["MR50_tiny"] == figure
-
 
 class TestInput:
-    def test_is_not_modified_and_nothing_is_printed(self, capfd):
-        coco, found = random_data(3, grid=True)
-        before = copy.deepcopy((coco, found))
-        first = evaluate_tiny(coco, found)
-        assert (coco, found) == before
-        assert evaluate_tiny(coco, found) == first
-        assert capfd.readouterr() == ("", "")
-
-    @pytest.mark.parametrize(
-        ("change", "reason"),
-        [
-            ({"image_id": "1"}, "1 on no image of the file"),
-            ({"bbox": [0, math.nan, 1, 1]}, "1 not four finite numbers"),
-        ],
-    )
-    def test_broken_annotations_are_left_out_with_a_warning(self, change, reason):
-        coco = scene(person(2) | change, person())
-        with pytest.warns(UserWarning, match=f"^ground_truth: annotations left out: {reason}$"):
-            results = evaluate_tiny(coco, [guess()])
-        assert results == evaluate_tiny(scene(person()), [guess()])
-
     @pytest.mark.parametrize(
         ("image", "category", "change"),
         [
@@ -411,14 +371,12 @@ class TestInput:
             (1, 1, {"id": None}),
         ],
     )
-    def test_the_forms_that_exporters_write(self, image, category, change, tmp_path):
+    def test_the_forms_that_exporters_write(self, image, category, change):
         names = {"image_id": image, "category_id": category}
         coco = scene(person() | names | change, num_images=1)
         coco["images"][0]["id"], coco["categories"][0]["id"] = image, category
-        path = tmp_path / "truth.json"
-        path.write_bytes(b"\xef\xbb\xbf" + json.dumps(coco).encode())
         expected = evaluate_tiny(scene(person(), num_images=1), [guess()])
-        assert evaluate_tiny(path, [guess(**names)]) == expected
+        assert evaluate_tiny(coco, [guess(**names)]) == expected
         coco["categories"] = None
         assert evaluate_tiny(coco, [guess(**names)]) == expected
 
@@ -438,45 +396,11 @@ class TestInput:
         with pytest.raises(ValueError, match=rf"annotations\[1\]: expected .*{field}.*found"):
             evaluate_tiny(coco, [])
 
-    @pytest.mark.parametrize(
-        ("field", "value", "message"),
-        [
-            ("image_id", 999, r"detections\[1\]: expected as image_id .* found 999"),
-            ("image_id", None, r"detections\[1\].image_id.*got `null`"),
-            ("category_id", 999, r"detections\[1\]: expected as category_id .* found 999"),
-            ("category_id", "1", r"detections\[1\]: expected as category_id .* found '1'"),
-            ("score", math.nan, r"detections\[1\]: expected as score a finite number, found nan"),
-            ("score", "0.5", r"detections\[1\].score.*`float`.*`str`"),
-            ("bbox", [0, 0, 1, -2], r"detections\[1\]: expected as bbox .* found \[0, 0, 1, -2\]"),
-            ("bbox", [0, 0, 1, math.nan], r"detections\[1\]: expected as bbox .* found .*nan"),
-            ("bbox", "box", r"detections\[1\].bbox.*`array`.*`str`"),
-        ],
-    )
-    def test_bad_detections(self, field, value, message, tmp_path):
-        found = [guess(), guess() | {field: value}]
+    @pytest.mark.parametrize("category", [999, "1", None])
+    def test_detections_have_a_category_of_the_ground_truth(self, category):
+        message = rf"^detections\[1\]: expected as category_id .* found {category!r}"
         with pytest.raises(ValueError, match=message):
-            evaluate_tiny(scene(person()), found)
-        path = tmp_path / "found.json"
-        path.write_text(json.dumps(found))
-        with pytest.raises(ValueError, match=r"found\.json.*" + message):
-            evaluate_tiny(scene(person()), path)
-
-        broken = {key: value for key, value in guess().items() if key != field}
-        with pytest.raises(ValueError, match=rf"detections\[1\].*{field}"):
-            evaluate_tiny(scene(person()), [guess(), broken])
-
-    @pytest.mark.parametrize(
-        ("arguments", "name"),
-        [
-            ((5, []), "ground_truth"),
-            (({"annotations": []}, []), "ground_truth"),
-            ((scene(), 5), "detections"),
-            ((scene(), {}), "detections"),
-        ],
-    )
-    def test_other_objects(self, arguments, name):
-        with pytest.raises((TypeError, ValueError), match=rf"{name}.*[Ee]xpected"):
-            evaluate_tiny(*arguments)
+            evaluate_tiny(scene(person()), [guess(), guess(category_id=category)])
 
     def test_a_missing_evaluator_is_named_with_its_extra(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "faster_coco_eval", None)

@@ -136,16 +136,6 @@ def test_empty_tiles_are_kept_or_not():
     assert [annotation["image_id"] for annotation in some["annotations"]] == [1]
 
 
-def test_a_path_and_arrays_do_as_well(tmp_path):
-    source = dataset(700, 50, [[0, 0, 9, 9], [630, 5, 10, 10]])
-    (tmp_path / "train.json").write_text(json.dumps(source))
-    expected = cut_dataset(source)
-    assert cut_dataset(tmp_path / "train.json") == expected
-    for annotation in source["annotations"]:
-        annotation["bbox"] = np.array(annotation["bbox"], np.float32)
-    assert cut_dataset(source) == expected
-
-
 def legacy_iou(a, b):
     inter = 1.0
     for axis in (0, 1):
@@ -175,57 +165,20 @@ def literal_merge(detections, tiles):
 def test_merging_is_the_literal_suppression(data):
     images = [{"id": i, "width": 90, "height": 40} for i in (3, 8)]
     tiles = cut_dataset({"images": images, "annotations": []}, tile_size=(40, 40), overlap=(10, 0))
-    coordinate = st.integers(0, 30)  # whole numbers, so that overlaps of exactly one half occur
+    # Whole numbers of few values, so that overlaps of about and of exactly one half occur. The
+    # second tile begins at 30.
+    down, side = st.integers(0, 6), st.sampled_from([0, 5, 8])
+    across = down | st.integers(30, 36)
     detection = st.fixed_dictionaries(
         {
             "image_id": st.sampled_from([tile["id"] for tile in tiles["images"]]),
             "category_id": st.integers(1, 2),
-            "bbox": st.tuples(coordinate, coordinate, coordinate, coordinate).map(list),
+            "bbox": st.tuples(across, down, side, side).map(list),
             "score": st.sampled_from([0.1, 0.25, 0.5, 0.9]),
         }
     )
     detections = data.draw(st.lists(detection, max_size=25))
     assert merge_detections(detections, tiles) == literal_merge(detections, tiles)
-
-
-@unhurried
-@given(
-    st.integers(1, 400),
-    st.integers(1, 400),
-    st.lists(st.tuples(*[st.floats(0, 1)] * 4), max_size=12),
-)
-def test_cut_and_merged_ground_truth_is_the_ground_truth(width, height, parts):
-    overlap = 20
-    boxes: list[list[float]] = []
-    for across, down, wide, high in parts:
-        w, h = min(1 + 19 * wide, width), min(1 + 19 * high, height)
-        box = [across * (width - w), down * (height - h), w, h]
-        if all(legacy_iou(box, other) < 0.1 for other in boxes):
-            boxes.append(box)
-    cut = cut_dataset(
-        dataset(width, height, boxes), tile_size=(100, 80), overlap=(overlap, overlap)
-    )
-    # No box is larger than the overlap: each is whole in at least one tile.
-    assert {a["original_annotation_id"] for a in cut["annotations"]} == {
-        10 + index for index in range(len(boxes))
-    }
-    whole = {10 + index: box[2] * box[3] for index, box in enumerate(boxes)}
-    detections = [
-        {
-            "image_id": annotation["image_id"],
-            "bbox": annotation["bbox"],
-            "score": 0.5 * annotation["area"] / whole[annotation["original_annotation_id"]]
-            - 1e-6 * annotation["id"],
-            "truth": annotation["original_annotation_id"],
-        }
-        for annotation in cut["annotations"]
-    ]
-    merged = merge_detections(detections, cut)
-    full = [d for d in merged if d["score"] > 0.5 - 1e-3]
-    assert sorted(d["truth"] for d in full) == sorted(whole)
-    for detection in full:
-        assert detection["bbox"] == pytest.approx(boxes[detection["truth"] - 10], abs=1e-9)
-        assert detection["image_id"] == 5
 
 
 def test_a_tile_is_read_from_its_image_or_from_a_file_of_its_own(tmp_path):
@@ -284,14 +237,6 @@ def test_bad_images_of_a_dataset_are_named(key, value, tmp_path):
             cut_dataset(given_)
 
 
-def test_broken_annotations_are_left_out_with_a_warning():
-    source = dataset(100, 90, [[1, 1, 2, 2], [5, 5, 2, 2]])
-    expected = cut_dataset({**source, "annotations": source["annotations"][1:]})
-    source["annotations"][0]["bbox"][2] = -3
-    with pytest.warns(UserWarning, match="^dataset: annotations left out: 1 negative size$"):
-        assert cut_dataset(source) == expected
-
-
 def test_ids_may_be_strings_and_annotations_have_none(tmp_path):
     source = dataset(700, 50, [[0, 0, 9, 9]])
     source["images"][0]["id"] = source["annotations"][0]["image_id"] = "beach.jpg"
@@ -303,20 +248,6 @@ def test_ids_may_be_strings_and_annotations_have_none(tmp_path):
     found = [{"image_id": n, "bbox": [x, 0, 9, 9], "score": n} for n, x in ((1, 600), (2, 540))]
     (merged,) = merge_detections(found, cut)
     assert (merged["image_id"], merged["bbox"]) == ("beach.jpg", [600, 0, 9, 9])
-
-
-def test_bad_data_and_types_are_named():
-    with pytest.raises(ValueError, match=r"dataset: .*annotations"):
-        cut_dataset({"images": []})
-    with pytest.raises(TypeError, match="a object in COCO data"):
-        cut_dataset({"images": [], "annotations": [], "info": object()})
-
-
-def test_bad_detections_are_named():
-    tiles = cut_dataset(dataset(100, 100, []))
-    good = {"image_id": 1, "bbox": [0, 0, 5, 5], "score": 0.5}
-    with pytest.raises(ValueError, match=r"detections\[1\]: expected as image_id .* found 2"):
-        merge_detections([good, {**good, "image_id": 2}], tiles)
 
 
 def test_nothing_merges_into_nothing():
