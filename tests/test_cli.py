@@ -123,6 +123,22 @@ def test_options_reach_the_detector(annotations, capsys):
     assert printed["anchors_per_cell"] == [2, 2, 2, 2, 4]
 
 
+@pytest.mark.parametrize(
+    ("option", "sizes", "ratios"),
+    [
+        ("--anchor-sizes 9 17 33 65 129", ((9,), (17,), (33,), (65,), (129,)), (0.5, 1.0, 2.0)),
+        ("--aspect-ratios 1 3", ((32,), (64,), (128,), (256,), (512,)), (1.0, 3.0)),
+    ],
+)
+def test_sizes_and_ratios_can_be_given_alone(option, sizes, ratios, annotations, capsys):
+    detector = ("--detector", "fasterrcnn_resnet50_fpn")
+    main(["estimate", str(annotations), *detector, *option.split(), "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    model = detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    model.rpn.anchor_generator = detection.anchor_utils.AnchorGenerator(sizes, (ratios,) * 5)
+    assert printed["iou_histogram"] == list(estimate_alpha_for(model, annotations).iou_histogram)
+
+
 def test_categories_and_clamp(annotations, capsys):
     main(["estimate", str(annotations), *RETINANET, "--categories", "1", "--no-clamp", "--json"])
     printed = json.loads(capsys.readouterr().out)
@@ -137,6 +153,13 @@ def test_plot_is_a_picture(annotations, tmp_path, capsys):
     with Image.open(picture) as image:
         assert (image.format, image.size) == ("PNG", (960, 1200))
     assert str(picture) in capsys.readouterr().err
+    picture = tmp_path / "counts.svg"
+    main(["estimate", str(annotations), *RETINANET, "--plot", str(picture)])
+    assert str(picture) in capsys.readouterr().err
+    text = picture.read_text()
+    # The comparison is above the counts, and there is nothing else.
+    assert text.count('id="axes_') == 2
+    assert text.index("<!-- share with IoU") < text.index("<!-- pyramid level -->")
     before = sorted(tmp_path.iterdir())
     for name in ("counts.nonsense", "counts", "nowhere/a.png"):
         # Before any work: the annotations do not even exist.
