@@ -31,8 +31,8 @@ def make_stages(levels=3, extra=None, norm=None, names="0123", out=64):
     """A backbone with maps at the last of the strides 4, 8, 16 and 32, and stages before them."""
 
     def block(inputs, outputs, stride):
-        layers = nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU()
-        return nn.Sequential(*layers)
+        # Without ReLU, which is slow on the meta device.
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs))
 
     channels = [4, 4, 6, 8, 10, 12]
     shapes = zip([3, *channels[:-1]], channels, (2, 1, 2, 2, 2, 2), strict=True)
