@@ -341,6 +341,15 @@ def test_tiny_retinanet_gets_a_finer_level():
 # The new blocks
 
 
+def test_new_blocks_follow_the_finest_ones():
+    model = make()
+    for blocks in (model.backbone.fpn.inner_blocks, model.backbone.fpn.layer_blocks):
+        blocks[0][0].bias = None
+    adapt_detector(model, 1, finer_level=True)
+    for blocks in (model.backbone.fpn.inner_blocks, model.backbone.fpn.layer_blocks):
+        assert [block[0].bias is None for block in blocks] == [True, True, False, False]
+
+
 @pytest.mark.parametrize(("training", "frozen"), [(True, False), (False, True)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @pytest.mark.parametrize("norm", NORMS)
@@ -468,6 +477,14 @@ def test_every_size_of_the_input_is_scaled(scale):
     assert image == (64 * scale, 96 * scale)
 
 
+def test_an_input_may_shrink_to_one_pixel():
+    for fixed, expected in ((None, None), ((2, 3), (1, 2))):
+        model = make(min_size=2, max_size=3, fixed_size=fixed)
+        transform = adapt_detector(model, 1, input_scale=0.5).transform
+        assert (transform.min_size, transform.max_size) == ((1,), 2)
+        assert transform.fixed_size == expected
+
+
 @pytest.mark.parametrize(
     ("objects", "detections"), [(1, 300), (300, 300), (301, 400), (np.int64(400), 400)]
 )
@@ -506,6 +523,13 @@ def test_a_row_is_the_call_that_it_stands_for():
     assert_same_outputs(by_row.eval(), by_hand.eval())
     assert by_row.topk_candidates == by_hand.topk_candidates == 1000
     assert by_row.detections_per_img == 400
+
+
+def test_a_row_shows_what_a_call_takes():
+    shown = repr(row_of(make()))
+    for name in ("estimate", "different_anchors", "own_anchors", "own_input"):
+        assert name not in shown
+    assert "anchor_scale=0.5" in shown
 
 
 # Models that hold the detector; copies and files

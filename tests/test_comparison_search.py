@@ -51,7 +51,7 @@ def test_the_smallest_scales(side, scale):
 
 @pytest.mark.parametrize(
     ("side", "scale"),
-    [(282.5, 4.0), (300.0, 3.8), (80.0, 1.14), (160.0, 2.27), (450.0, 1.0)],
+    [(282.5, 4.0), (300.0, 3.8), (80.0, 1.14), (160.0, 2.27), (205.3, 2.91), (450.0, 1.0)],
 )
 def test_the_largest_scales(side, scale):
     model = one_anchor(20.0, 30.0, 40.0, 50.0)
