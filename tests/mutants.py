@@ -136,20 +136,18 @@ def passes(folder: Path, *options: str, limit: float) -> bool:
 def reaching(data: coverage.CoverageData, path: Path, line: int) -> list[str]:
     """Returns the tests that reach a line of a module, those named after the module first.
 
-    What no test reaches runs when the module is imported, or in a process of its own: then all of
-    the module's tests are tried.
+    What no test reaches runs when the module is imported, or in a process of its own: then all
+    tests of the module are tried.
     """
     contexts = data.contexts_by_lineno(str(path))
     tests = {
         number: {context.partition("|")[0] for context in found} - {""}
         for number, found in contexts.items()
     }
-    named = f"/test_{path.stem}"
-    found = tests.get(line)
-    if not found:
-        all_tests = {context.partition("|")[0] for context in data.measured_contexts()}
-        found = set().union(*tests.values(), (test for test in all_tests if named in test))
-    return sorted(found, key=lambda test: (named not in test, test))
+    if found := tests.get(line):
+        return sorted(found, key=lambda test: (f"/test_{path.stem}" not in test, test))
+    named = [str(file.relative_to(ROOT)) for file in ROOT.glob(f"tests/**/test_{path.stem}*.py")]
+    return [*named, *sorted(set().union(*tests.values()))]
 
 
 def main() -> None:

@@ -292,7 +292,7 @@ def _from_items(
         label = np.concatenate(labels)
         known.update(dict.fromkeys(np.unique(label).tolist(), ""))
         reasons[~np.isin(label, [i for i in wanted if isinstance(i, int)])] = OTHER
-    image_sizes = np.array(sizes, np.int64).reshape(-1, 2)
+    image_sizes = np.array(sizes, np.int64).reshape(len(sizes), 2)
     return clip(image_sizes, np.concatenate(boxes), counts, reasons)
 
 

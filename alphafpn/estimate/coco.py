@@ -267,7 +267,7 @@ def _joined(coco: _Coco, pieces: Sequence[_Columns]) -> CocoColumns:
     if isinstance(images, msgspec.UnsetType):
         raise msgspec.ValidationError("no list of images")
     ids = np.array([image.id for image in images], np.int64)
-    image_sizes = np.array([(i.height, i.width) for i in images], np.int64).reshape(-1, 2)
+    image_sizes = np.array([(i.height, i.width) for i in images], np.int64).reshape(len(images), 2)
     bad = ((image_sizes < 1) | (image_sizes > MAX_SIDE)).any(axis=1)
     if bad.any():
         index = int(bad.argmax())
@@ -336,11 +336,11 @@ def read_plain(data: Any, *, need_sizes: bool = True) -> CocoColumns:
     reasons[no_box] = NO_BOX
     columns = CocoColumns(
         image_ids=image_ids,
-        image_sizes=np.array(image_sizes, np.int64).reshape(-1, 2),
+        image_sizes=np.array(image_sizes, np.int64).reshape(len(image_sizes), 2),
         image_index=np.array(
             [position.get(as_id(entry.get("image_id")), -1) for entry in annotations], np.int64
         ),
-        boxes=np.array([box or [0.0] * 4 for box in boxes]).reshape(-1, 4),
+        boxes=np.array([box or [0.0] * 4 for box in boxes]).reshape(len(boxes), 4),
         category_ids=[as_id(entry.get("category_id")) for entry in annotations],
         listed=_listed(data.get("categories")),
         reasons=reasons,
