@@ -136,6 +136,7 @@ LEFT_OUT: dict[str, tuple[dict[str, Any], str]] = {
     "a box of Infinity": ({"bbox": [1, 2, float("inf"), 4]}, "not four finite numbers"),
     "beyond float32": ({"bbox": [1, 2, 1e39, 4]}, "not four finite numbers"),
     "beyond float64": ({"bbox": [1, 2, 10**400, 4]}, "not four finite numbers"),
+    "as far as float32 goes": ({"bbox": [1, (2 - 2**-23) * 2.0**127, 3, 4]}, "zero size"),
     "a box with null": ({"bbox": [1, 2, NULL, 4]}, "not four finite numbers"),
     "a box with true": ({"bbox": [1, 2, True, 4]}, "not four finite numbers"),
     "a box of strings": ({"bbox": ["1", "2", "3", "4"]}, "not four finite numbers"),

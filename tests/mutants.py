@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import concurrent.futures
 import copy
+import multiprocessing
 import os
 import random
 import shutil
@@ -150,35 +152,52 @@ def reaching(data: coverage.CoverageData, path: Path, line: int) -> list[str]:
     return [*named, *sorted(set().union(*tests.values()))]
 
 
+def survives(folder: Path, name: str, source: str, tests: list[str]) -> bool:
+    """Whether tests pass with another source of a module, in this process's copy of the tree."""
+    own = folder.with_name(f"tree-{os.getpid()}")
+    if not own.exists():
+        shutil.copytree(folder, own)
+    path = own / name
+    original = path.read_text()
+    path.write_text(source)
+    alive = passes(own, "-x", "--hypothesis-profile=mutants", *tests[:400], limit=SECONDS)
+    path.write_text(original)
+    return alive
+
+
 def main() -> None:
     """Runs the sample, prints who survives, and leaves with 1 if too many do."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     folder = options.folder.resolve() / "tree"
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(options.folder, ignore_errors=True)
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "site"))
     measured = ["--cov=alphafpn", "--cov-context=test", "--cov-report="]
-    if not passes(folder, "-n", "2", *measured, *TESTS, limit=3600):
+    if not passes(folder, "-n", str(options.jobs), *measured, *TESTS, limit=3600):
         sys.exit(f"the suite fails before anything is changed: see {folder / 'log.txt'}")
     data = coverage.CoverageData(str(folder / ".coverage"))
     data.read()
     core = [*(folder / "alphafpn").glob("*.py"), *(folder / "alphafpn" / "estimate").glob("*.py")]
     everything = [(path, *mutant) for path in sorted(core) for mutant in mutants(path)]
     sample = random.Random(options.seed).sample(everything, options.count)
+    fork = multiprocessing.get_context("fork")
     survivors = []
-    for number, (path, line, change, source) in enumerate(sample, 1):
-        original = path.read_text()
-        path.write_text(source)
-        tests = reaching(data, path, line)[:400]
-        profile = "--hypothesis-profile=mutants"
-        alive = not tests or passes(folder, "-x", profile, *tests, limit=SECONDS)
-        path.write_text(original)
-        place = f"{path.relative_to(folder)}:{line}: {change}"
-        survivors += [place] * alive
-        print(f"{number}/{len(sample)}", "ALIVE" if alive else "dead", place, flush=True)
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=fork) as pool:
+        running = [
+            pool.submit(
+                survives, folder, str(path.relative_to(folder)), source, reaching(data, path, line)
+            )
+            for path, line, _, source in sample
+        ]
+        for number, (path, line, change, _) in enumerate(sample):
+            alive = running[number].result()
+            place = f"{path.relative_to(folder)}:{line}: {change}"
+            survivors += [place] * alive
+            print(f"{number + 1}/{len(sample)}", "ALIVE" if alive else "dead", place, flush=True)
     print(f"{len(sample) - len(survivors)} of {len(sample)} mutants of {len(everything)} died")
     print(*survivors, sep="\n")
     sys.exit(len(survivors) > (1 - ENOUGH) * len(sample))

@@ -165,9 +165,8 @@ def recognise_grid(anchors: Tensor) -> tuple[Tensor, tuple[float, float], Size] 
     if there is no such grid.
     """
     some = anchors[1 : MAX_CELLS + 1]
-    # The next position, beside the first or below it, repeats the first anchor in x or in y.
-    same = some == anchors[0]
-    repeats = (same[:, 0] & same[:, 2]) | (same[:, 1] & same[:, 3])
+    # The next position, right of the first or below it, repeats the first anchor in x or in y.
+    repeats = (some == anchors[0]).sum(1) >= 2
     counts = [int(i) + 1 for i in repeats.nonzero()]
     if len(anchors) <= MAX_CELLS:
         counts.append(len(anchors))

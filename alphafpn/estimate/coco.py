@@ -181,7 +181,7 @@ class _Coco(msgspec.Struct):
 
 
 # Bytes that are decoded at once. This bounds temporary memory, and keeps it in the cache.
-_BLOCK = 1 << 20
+_BLOCK = 1_048_576
 _START = re.compile(rb'"annotations"\s*:\s*\[')
 _BETWEEN = re.compile(rb"\}\s*,\s*$")
 _decode_coco = msgspec.json.Decoder(_Coco).decode

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # Boxes per block. This bounds temporary memory.
-_BLOCK = 1 << 14
+_BLOCK = 16_384
 
 
 class RangeMatcher:

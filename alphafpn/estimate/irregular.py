@@ -8,10 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Pairs of box and anchor that are evaluated at once, and boxes among them. On a CPU their
-# temporaries then stay in the cache.
-PAIRS = 1 << 18
-SEARCH_ROWS = 64
+# Boxes, and pairs of box and anchor, that are evaluated at once: on a CPU their temporaries then
+# stay in the cache.
+SEARCH_ROWS, PAIRS = 64, 262_144
 
 
 class Matcher(Protocol):
@@ -32,9 +31,9 @@ class SearchMatcher:
     def __init__(self, levels: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> None:
         self.levels = [level.to(device).t().contiguous() for level in levels]
         self.dtype, self.device = dtype, device
-        # Other devices are slow to start a kernel, so they take half a GiB at once.
-        more = 1 if device.type == "cpu" else 8
-        self.rows, self.pairs = more * SEARCH_ROWS, more**2 * PAIRS
+        self.rows, self.pairs = SEARCH_ROWS, PAIRS
+        if device.type != "cpu":  # slow to start a kernel: half a GiB at once
+            self.rows, self.pairs = 8 * SEARCH_ROWS, 64 * PAIRS
 
     def match(self, boxes: Tensor, layout_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Matcher.match`."""

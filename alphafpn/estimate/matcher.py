@@ -21,8 +21,7 @@ from alphafpn.estimate.anchor_layout import AnchorLayout
 from alphafpn.estimate.irregular import PAIRS, best_of, pair_iou
 
 # Boxes per block of the fast pass: on a CPU its temporaries then stay in the cache.
-CPU_BLOCK = 1 << 14
-OTHER_BLOCK = 1 << 18
+CPU_BLOCK, OTHER_BLOCK = 16_384, 262_144
 # Centres of cell anchors that differ by less, in pixels, are taken for one.
 CENTRE_SPREAD = 1e-4
 
@@ -66,8 +65,8 @@ class GridMatcher:
         extent = max(float((grid[2:] * grid[:2]).max()) for grid in self.grids)
         extent += max(float(bounds.abs().max()) for bounds in self.bounds)
         eps = max(torch.finfo(cells.dtype).eps for cells in self.cells)
-        shortest = min((float(side[side > 0].min()) for side in sides if side.any()), default=1.0)
-        self.bound = 8 * (4 * eps * extent + CENTRE_SPREAD) / shortest + 16 * eps
+        shortest = torch.cat(sides).min()  # with a side of 0 all boxes are matched again
+        self.bound = float(32 * (eps * extent + CENTRE_SPREAD) / shortest + 16 * eps)
 
     def match(self, boxes: Tensor, layout_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Matcher.match`."""

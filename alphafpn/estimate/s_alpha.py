@@ -38,7 +38,7 @@ from alphafpn.estimate.resize import Size
 from alphafpn.estimate.shards import failures_are_shared, is_shard
 
 # Boxes that are matched and counted at once. This bounds temporary memory.
-BLOCK = 1 << 19
+BLOCK = 524_288
 
 Levels = Sequence[Tensor]
 
