@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -45,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.run(options)
     except (ValueError, TypeError, ImportError) as error:
         _fail(str(error))
+    except BrokenPipeError:  # whoever read the output has ended, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         named = error.filename is not None
         _fail(f"{error.filename}: {error.strerror}" if named else str(error))

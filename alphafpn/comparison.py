@@ -24,7 +24,7 @@ from alphafpn.estimate.annotations import Annotations, read_annotations
 from alphafpn.estimate.checks import DEFAULT_CLAMP, check_clamp
 from alphafpn.estimate.fcos import owned_boxes
 from alphafpn.estimate.probe import DetectorProbe, run_backbone, skeleton
-from alphafpn.estimate.report import factor_origin, factors
+from alphafpn.estimate.report import data_problems, factor_origin, factors
 from alphafpn.estimate.resize import resizes
 from alphafpn.estimate.s_alpha import InputBoxes, estimate_probe, input_boxes
 from alphafpn.pyramid import AlphaFeaturePyramidNetwork, remove_factors
@@ -98,7 +98,10 @@ class AnchorComparison:
             levels = (f"{name} {','.join(f'{s:.4g}' for s in sizes)}" for name, sizes in named)
             lines.append(f"anchor sizes of the best row: {'; '.join(levels)}")
         if best is own:
-            lines.append("There is nothing to adapt: no row at this input reaches more by 2 points")
+            lines.append(
+                "There is nothing to adapt: no row at this input reaches 2 points more. The call "
+                "only raises caps"
+            )
         if own.estimate.num_boxes < _RELIABLE_BOXES:
             lines.append(
                 f"The scale is not reliable: {own.estimate.num_boxes} boxes, fewer than "
@@ -107,7 +110,7 @@ class AnchorComparison:
         return "\n".join([*lines, self.call])
 
     def findings(self) -> list[str]:
-        """Returns what loses objects, worst first, each with the line that mends it."""
+        """Returns problems of the data; then what loses objects, worst first, with a call each."""
         own, best = self.rows[0], self.best
         crowded, limit = own.estimate.num_crowded, own.estimate.detections_per_image
         found: list[tuple[float, str]] = []
@@ -139,7 +142,7 @@ class AnchorComparison:
                     f"on an input {row.input_scale} times as large {row.reached:.0%} of the boxes "
                     f"{self._verb()}, for {row.cost:.1f} times the cost"
                 )
-                call = _call(row, f"input_scale={row.input_scale}")
+                call = _call(row, f"input_scale={row.input_scale}, max_objects={row.max_objects}")
                 found.append((row.reached - best.reached, f"{text}: {call}"))
         if crowded:
             text = (
@@ -154,7 +157,8 @@ class AnchorComparison:
                 "(max_detections)"
             )
             found.append((0.0, text))
-        return [text for _, text in sorted(found, key=lambda pair: -pair[0])]
+        losses = [text for _, text in sorted(found, key=lambda pair: -pair[0])]
+        return [*data_problems(own.estimate), *losses]
 
     def to_list(self) -> list[dict[str, Any]]:
         """Returns the rows as strict JSON."""

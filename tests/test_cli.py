@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def test_the_report_opens_with_what_to_do(tmp_path, capsys):
         "The detector fits these boxes: there is nothing to adapt."
     )
     assert first_line((8, 9)).startswith("0% of the boxes reach IoU 0.5; with smaller anchors 100%")
-    assert first_line((0.1, 0.2)).startswith("0% of the boxes reach IoU 0.5, and no other anchors")
+    assert first_line((0.1, 0.2)).startswith("the mean object is smaller than a pixel")
     first_line((8, 9))
     main([*command, "--json"])
     outcome = json.loads(capsys.readouterr().out)
@@ -228,6 +229,14 @@ def test_the_package_runs_as_a_program_and_only_then(monkeypatch, capsys):
     assert exit_.value.code == 0
     assert capsys.readouterr().out == f"alphafpn {__version__}\n"
     runpy.run_module("alphafpn.__main__", run_name="alphafpn.__main__")
+
+
+def test_a_reader_that_ends_early_is_no_mistake(annotations):
+    command = [sys.executable, "-m", "alphafpn", "estimate", str(annotations), *RETINANET]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
 
 
 def test_an_interrupt_ends_quietly(annotations, monkeypatch, capsys):

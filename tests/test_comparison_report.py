@@ -59,7 +59,7 @@ def test_the_table_of_fcos_says_when_there_is_nothing_to_adapt():
 anchors  finer level  input  own a location  different  cost        alpha
 own               no    own           50.0%    1 2 1 1  1.00  0.50  0.75   <- best
 own              yes    own           51.0%    1 2 1 1  1.00  0.50  0.75
-There is nothing to adapt: no row at this input reaches more by 2 points
+There is nothing to adapt: no row at this input reaches 2 points more. The call only raises caps
 adapt_detector(model, 1, max_objects=30)"""
     )
 
@@ -122,9 +122,17 @@ def test_the_finding_of_a_larger_input():
     (found,) = compared(fit(0.59), large).findings()
     assert found == (
         "on an input 2 times as large 70% of the boxes reach IoU 0.5, for 3.9 times the cost: "
-        "adapt_detector(model, 1, input_scale=2)"
+        "adapt_detector(model, 1, input_scale=2, max_objects=30)"
     )
     assert compared(fit(0.6), large).findings() == []  # ten points are not enough
+
+
+def test_problems_of_the_data_are_the_first_findings():
+    broken = estimate_of(COUNTS, num_clipped=40, left_out={"crowd": 9})
+    beyond, left_out, fit_better = compared(fit(0.3, estimate=broken), fit(0.9, 0.5)).findings()
+    assert beyond.startswith("53% of the boxes reach beyond their image")
+    assert left_out == "9 boxes were left out: 9 crowd"
+    assert fit_better.startswith("30% of the boxes reach IoU 0.5; with smaller anchors 90%")
 
 
 def test_the_finding_of_many_objects():

@@ -108,10 +108,10 @@ def read_annotations(
         found = _listing(dict.fromkeys(unknown, ""))
         raise ValueError(f"{name}: expected category_ids among {_listing(known)}, found {found}")
     if len(annotations.boxes) == 0:
-        left_out = ", ".join(f"{n} {reason}" for reason, n in annotations.left_out.items())
+        reasons = ", ".join(f"{n} {reason}" for reason, n in annotations.left_out.items())
         raise ValueError(
             f"{name}: expected boxes to count, found none in {len(annotations.image_sizes)} images"
-            f" (left out: {left_out or 'none'})"
+            + (f"; left out were {reasons}" if reasons else "")
         )
     return annotations
 

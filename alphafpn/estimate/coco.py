@@ -383,10 +383,11 @@ def _flags(crowd: npt.NDArray[np.bool_], ignore: npt.NDArray[np.bool_]) -> npt.N
 
 
 def _refuse_size(index: int, image_id: Id, height: Any, width: Any) -> NoReturn:
-    raise ValueError(
-        f"images[{index}] (id {show(image_id)}): expected {SIZE}, found height {show(height)} and "
-        f"width {show(width)}"
+    sides = {"height": height, "width": width}
+    found = " and ".join(
+        f"no {name}" if side is None else f"{name} {show(side)}" for name, side in sides.items()
     )
+    raise ValueError(f"images[{index}] (id {show(image_id)}): expected {SIZE}, found {found}")
 
 
 def _listed(categories: Any) -> dict[Id, str]:

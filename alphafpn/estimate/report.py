@@ -59,13 +59,15 @@ def warnings(estimate: AlphaEstimate) -> list[str]:
     if estimate.num_boxes == 0:
         return ["no boxes were counted, so all factors are 1"]
     return [
-        *_data_warnings(estimate),
+        *data_problems(estimate),
+        *_object_warnings(estimate),
         *_anchor_warnings(estimate),
         *_factor_warnings(estimate),
     ]
 
 
-def _data_warnings(estimate: AlphaEstimate) -> list[str]:
+def data_problems(estimate: AlphaEstimate) -> list[str]:
+    """Lists the signs that boxes are not what they are taken for."""
     found = []
     outside = estimate.left_out.get("outside the image", 0)
     leaving, boxes = estimate.num_clipped + outside, estimate.num_boxes + outside
@@ -86,7 +88,15 @@ def _data_warnings(estimate: AlphaEstimate) -> list[str]:
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in broken.items())
         found.append(f"{sum(broken.values()):,} boxes were left out: {reasons}")
     if estimate.mean_size < 1:
-        found.append("the mean object is smaller than a pixel: boxes are expected in pixels")
+        found.append(
+            "the mean object is smaller than a pixel: boxes are expected in pixels, not in shares "
+            "of the image"
+        )
+    return found
+
+
+def _object_warnings(estimate: AlphaEstimate) -> list[str]:
+    found = []
     if estimate.mean_size > LARGEST_TINY:
         found.append(
             f"the mean object is {estimate.mean_size:.0f} px at the network's input: in the paper "
@@ -106,8 +116,8 @@ def _anchor_warnings(estimate: AlphaEstimate) -> list[str]:
     if empty := [name for name, count in fused if count == 0]:
         found.append(
             f"no objects on {', '.join(empty)}: the factors next to these levels come from the "
-            "clamp (or default to 1), not from your data. Fix the anchors first: see "
-            "compare_anchors"
+            "clamp (or default to 1), not from your data. compare_anchors shows whether other "
+            "anchors use these levels"
         )
     if estimate.iou_histogram is not None and estimate.recall(USUAL_MATCH) < GOOD_RECALL:
         found.append(

@@ -234,7 +234,7 @@ def test_unknown_category(tmp_path):
         many = coco(categories=[{"id": n} for n in range(count)])
         with pytest.raises(ValueError, match=f"among 0, 1, .* {end}"):
             read_annotations(many, category_ids=[9999])
-    with pytest.raises(ValueError, match=r"none in 2 images \(left out: 2 other categories\)"):
+    with pytest.raises(ValueError, match=r"none in 2 images; left out were 2 other categories"):
         read_annotations(coco(), category_ids=[2])
 
 
