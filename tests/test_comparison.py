@@ -128,6 +128,9 @@ def test_costs_are_operations_over_those_of_the_detector_as_it_is():
         assert costs[True, 1] == pytest.approx(finer, abs=0.01)
         assert costs[False, 2] == pytest.approx(3.94, abs=0.07)
         assert costs[False, 1] == 1
+        if name == "fcos_resnet50_fpn":
+            expected = costs[True, 1] * costs[False, 2]
+            assert costs[True, 2] == pytest.approx(expected, rel=0.05)
     # The second stage sees 1000 boxes on any input, about a tenth of all operations.
     rows = compare_anchors(stock("fasterrcnn_resnet50_fpn"), boxes).rows
     assert [row.cost for row in rows] == pytest.approx([1, 1, 3.70, 3.70], abs=0.01)
