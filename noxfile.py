@@ -42,12 +42,9 @@ def clients(session: nox.Session) -> None:
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """Builds sdist and wheel, tries the wheel alone in a clean environment, tests the sdist."""
+    """Builds sdist and wheel, and tries the wheel alone in a clean environment."""
     out = Path(session.create_tmp()).resolve()
-    session.install("build")
-    session.run("python", "-m", "build", "--outdir", str(out / "dist"))
-    (wheel,) = (out / "dist").glob("*.whl")
-    (sdist,) = (out / "dist").glob("*.tar.gz")
+    wheel, _ = _build(session, out)
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     others = {name.split("/")[0] for name in names if ".dist-info/" not in name} - {"alphafpn"}
@@ -73,11 +70,25 @@ def package(session: nox.Session) -> None:
         detector = "fasterrcnn_resnet50_fpn_v2"
         session.run("alphafpn", "estimate", str(annotations), "--detector", detector)
 
+
+@nox.session
+def sdist(session: nox.Session) -> None:
+    """Runs the tests of the sdist on the wheel that is built from it."""
+    out = Path(session.create_tmp()).resolve()
+    wheel, sdist = _build(session, out)
     with tarfile.open(sdist) as archive:
         archive.extractall(out, filter="data")
     session.install(f"{wheel}[test]")
     with session.chdir(out / sdist.name.removesuffix(".tar.gz")):
         session.run("pytest", "-n", "2", *session.posargs)
+
+
+def _build(session: nox.Session, out: Path) -> tuple[Path, Path]:
+    """Builds the wheel and the sdist, and returns their paths."""
+    session.install("build")
+    session.run("python", "-m", "build", "--outdir", str(out / "dist"))
+    (wheel,), (sdist,) = (out / "dist").glob("*.whl"), (out / "dist").glob("*.tar.gz")
+    return wheel, sdist
 
 
 @nox.session
