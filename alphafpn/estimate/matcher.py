@@ -66,7 +66,7 @@ class GridMatcher:
         extent += max(float(bounds.abs().max()) for bounds in self.bounds)
         eps = max(torch.finfo(cells.dtype).eps for cells in self.cells)
         shortest = torch.cat(sides).min()  # with a side of 0 all boxes are matched again
-        self.bound = float(32 * (eps * extent + CENTRE_SPREAD) / shortest + 16 * eps)
+        self.bound = float(8 * (4 * eps * extent + CENTRE_SPREAD) / shortest + 16 * eps)
 
     def match(self, boxes: Tensor, layout_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Matcher.match`."""

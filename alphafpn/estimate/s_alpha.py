@@ -326,14 +326,23 @@ def _joined(gt_boxes: Any) -> tuple[Tensor, Tensor]:
     single = isinstance(gt_boxes, Tensor)
     name = "gt_boxes" if single else "gt_boxes[{}]"
     images: list[Any] = [gt_boxes] if single else list(gt_boxes)
-    images = [as_boxes(boxes, name.format(i)) for i, boxes in enumerate(images)]
+    for i, boxes in enumerate(images):
+        # Nearly all pass here: there may be many images of a few boxes.
+        if not (
+            type(boxes) is Tensor
+            and boxes.dim() == 2
+            and boxes.shape[1] == 4
+            and boxes.dtype in (torch.float32, torch.float64)
+        ):
+            images[i] = as_boxes(boxes, name.format(i))
     devices = {boxes.device for boxes in images}
     if len(devices) > 1:
         raise ValueError(f"gt_boxes: expected one device, found {sorted(map(str, devices))}")
     joined = images[0] if single else torch.cat(images or [torch.zeros(0, 4, device="cpu")])
+    joined = joined.detach()
     if joined.device.type == "mps":  # it has no float64, which sums are exact in
         joined = joined.cpu()
-    try:  # in blocks, since there may be many images of a few boxes
+    try:
         for block in joined.split(BLOCK):
             check_values(block, name)
     except ValueError:
