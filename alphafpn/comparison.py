@@ -361,9 +361,10 @@ def _best_scale(probe: DetectorProbe, annotations: Annotations) -> float:
         tried = {scale for scale in tried if SMALLEST_SCALE <= scale <= LARGEST_SCALE} | {1.0}
         leaders = sorted(tried, key=lambda scale: value(scale, step), reverse=True)[:kept]
     scale = leaders[0]
-    while scale < 1:
-        # Here three digits are finer than the steps: go to the end that is nearest to 1.
-        closer = _rounded(scale + 10.0 ** (math.floor(math.log10(scale)) - 2))
+    while scale != 1:
+        # Three digits can be finer than the steps: go to the end that is nearest to 1.
+        unit = 10.0 ** (math.floor(math.log10(scale)) - 2)
+        closer = _rounded(scale + math.copysign(unit, 1 - scale))
         if value(closer, more) < value(scale, more):
             break
         scale = closer

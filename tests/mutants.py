@@ -174,7 +174,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     folder = options.folder.resolve() / "tree"
-    shutil.rmtree(options.folder, ignore_errors=True)
+    for old in options.folder.glob("tree*"):
+        shutil.rmtree(old)
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "site"))
     measured = ["--cov=alphafpn", "--cov-context=test", "--cov-report="]
     if not passes(folder, "-n", str(options.jobs), *measured, *TESTS, limit=3600):

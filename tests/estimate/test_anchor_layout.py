@@ -297,3 +297,13 @@ def test_irregular_anchors_are_compared_row_by_row():
             estimate_alpha([fine, coarse], torch.zeros(0, 4), num_fused_levels=2)
     for coarse in (other, torch.cat([fine, other]), torch.cat([fine[:1], other])):
         estimate_alpha([fine, coarse], torch.zeros(0, 4), num_fused_levels=2)
+
+
+def test_layouts_with_equal_cells_are_each_told_apart():
+    cell = torch.tensor([[-8.0, -8.0, 8.0, 8.0]])
+    apart = AnchorLayout([cell, cell], [8, 12], [(8, 8), (4, 4)], 2)
+    nested = AnchorLayout([cell, cell], [8, 16], [(8, 8), (4, 4)], 2)
+    boxes = [torch.tensor([[1.0, 1, 9, 9]])] * 2
+    assert estimate_alpha([apart, apart], boxes).num_boxes == 2
+    with pytest.raises(ValueError, match=r"^anchors\[1\]: expected levels that can be told apart"):
+        estimate_alpha([apart, nested], boxes)

@@ -238,6 +238,11 @@ def test_unknown_category(tmp_path):
         read_annotations(coco(), category_ids=[2])
 
 
+@pytest.mark.parametrize("categories", [[], None, ["person"]])
+def test_no_category_is_unlisted_without_a_list(path, categories):
+    assert read_annotations(write(path.parent, coco(categories=categories))).notes == {}
+
+
 @pytest.mark.parametrize("category_ids", [1, "person", [1.5], [None], [True], b"1"])
 def test_category_ids_of_a_wrong_type(category_ids):
     with pytest.raises(TypeError, match=r"category_ids: expected a collection of ints or strin"):
